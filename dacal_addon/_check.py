@@ -1,0 +1,78 @@
+"""One shape for every error message of the package, and the checks that several files share."""
+
+from typing import Optional, Sequence, Type, Union
+
+import torch
+from torch import Tensor
+
+
+def problem(function: str, *, expected: str, got: object, remedy: str, error: Type[Exception] = ValueError) -> Exception:
+    """The exception to raise: `function: expected <rule with shape>, got <actual>; <remedy>`.
+
+    >>> problem("mix", expected="a bool mask", got="float32 (1, 1, 2, 2)", remedy="compare it: mask > 0.5")
+    ValueError('mix: expected a bool mask, got float32 (1, 1, 2, 2); compare it: mask > 0.5')
+    """
+    return error(f"{function}: expected {expected}, got {got}; {remedy}")
+
+
+def describe(value: object) -> str:
+    """What a value is, in the words of an error message.
+
+    >>> describe(torch.zeros(2, 19, 4, 4)), describe([1])
+    ('float32 (2, 19, 4, 4)', 'list')
+    """
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).replace('torch.', '')} {tuple(value.shape)}"
+    return type(value).__name__
+
+
+def check_tensor(function: str, name: str, value: object, *, expected: str, remedy: str) -> Tensor:
+    """`TypeError` unless `value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise problem(function, expected=f"{name}: {expected}", got=describe(value), remedy=remedy, error=TypeError)
+    return value
+
+
+def check_logits(function: str, name: str, value: object, *, num_classes: Optional[int] = None) -> None:
+    """`value` must be a floating tensor N x C x H x W, with C = `num_classes` where that is given."""
+    channels = "C >= 2" if num_classes is None else f"C = {num_classes}"
+    expected = f"a floating tensor (N, C, H, W) with {channels}"
+    x = check_tensor(function, name, value, expected=expected, remedy="pass the network's output before softmax")
+    if x.dim() != 4 or not x.is_floating_point() or x.shape[1] < 2 or num_classes not in (None, x.shape[1]):
+        remedy = "pass the network's output before softmax, one channel per class"
+        raise problem(function, expected=f"{name}: {expected}", got=describe(x), remedy=remedy)
+
+
+def check_label(function: str, name: str, value: object, *, shape: Optional[Sequence[int]] = None) -> None:
+    """`value` must be an int64 tensor N x H x W, of the given shape where there is one."""
+    expected = f"an int64 tensor {tuple(shape) if shape is not None else '(N, H, W)'} of class indices"
+    label = check_tensor(function, name, value, expected=expected, remedy="pass class indices as a tensor")
+    if label.dtype != torch.int64:
+        raise problem(function, expected=f"{name}: {expected}", got=describe(label), remedy="convert it with .long()")
+    if label.dim() != 3 or (shape is not None and tuple(label.shape) != tuple(shape)):
+        remedy = "drop a channel dimension with .squeeze(1), or resize the label with nearest-neighbour sampling"
+        raise problem(function, expected=f"{name}: {expected}", got=describe(label), remedy=remedy)
+
+
+def check_classes(function: str, name: str, label: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Every value of `label` must be a class or `ignore_index`: a stray label must not pass for a class."""
+    stray = label[((label < 0) | (label >= num_classes)) & (label != ignore_index)]
+    if stray.numel():
+        expected = f"{name}: classes 0..{num_classes - 1} or ignore_index={ignore_index}"
+        remedy = "map the labels to training ids, or set ignore_index"
+        raise problem(function, expected=expected, got=f"the value {int(stray[0])}", remedy=remedy)
+
+
+def check_choice(function: str, name: str, value: object, choices: Sequence[str]) -> None:
+    """`value` must be one of `choices`."""
+    if value not in choices:
+        expected = f"{name} to be one of {', '.join(map(repr, choices))}"
+        raise problem(function, expected=expected, got=repr(value), remedy=f"choose one, for example {choices[0]!r}")
+
+
+def check_number(
+    function: str, name: str, value: Union[int, float], *, low: float, high: float = float("inf"), rule: str
+) -> None:
+    """`value` must lie in [low, high]; `rule` says so in words."""
+    if not low <= value <= high:  # also refuses NaN
+        raise problem(function, expected=f"{name} {rule}", got=repr(value), remedy="choose a value in that range")

@@ -1,0 +1,99 @@
+"""The embedded benchmarks behind one interface: two domains with the same classes, made on the spot from a seed."""
+
+from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._check import check_choice
+from . import digits, streets
+from .progress import Progress
+
+NAMES = ("streets", "digits")
+TRAIN_IMAGES = {"streets": 256, "digits": 1024}
+_Picture = Tuple[np.ndarray, np.ndarray]
+
+
+class Split(NamedTuple):
+    """Labelled images of one domain."""
+
+    image: Tensor
+    """(N, 3, H, W) float32 in 0..1."""
+    label: Tensor
+    """(N, H, W) int64."""
+
+
+class Dataset(NamedTuple):
+    """A benchmark. `target_train.label` is there for diagnostics and upper bounds; no method may train on it."""
+
+    name: str
+    class_names: Tuple[str, ...]
+    palette: np.ndarray
+    """(C, 3) uint8, one colour a class."""
+    source_train: Split
+    target_train: Split
+    source_test: Split
+    target_test: Split
+
+
+def load_dataset(name: str, *, seed: int, train_images: Optional[int] = None, test_images: int = 100) -> Dataset:
+    """Make a benchmark: `train_images` and `test_images` of each domain. The same arguments give the same pixels.
+
+    About 20 s for `streets` and 3 s for `digits` on one core.
+
+    Args:
+        name: "streets" (procedural street scenes, 10 classes) or "digits" (handwriting, 11 classes).
+        seed: of everything random.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    check_choice("load_dataset", "name", name, NAMES)
+    train_images = train_images if train_images is not None else TRAIN_IMAGES[name]
+    makers = _streets() if name == "streets" else _digits()
+    module = streets if name == "streets" else digits
+    splits: Dict[str, Split] = {}
+    jobs = [(part, train_images if part.endswith("train") else test_images) for part in makers]
+    with Progress(f"making {name}", sum(count for _, count in jobs)) as progress:
+        for i, (part, count) in enumerate(jobs):
+            rng = np.random.default_rng([seed, i])  # a stream for each split: one can grow without changing the others
+            pictures: List[_Picture] = []
+            for _ in range(count):
+                pictures.append(makers[part](rng))
+                progress.advance()
+            images, labels = zip(*pictures)
+            splits[part] = Split(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)))
+    return Dataset(name, tuple(module.CLASS_NAMES), module.PALETTE, **splits)
+
+
+def _streets() -> Dict[str, Callable[[np.random.Generator], _Picture]]:
+    def make(look: Callable[[streets.Scene, np.random.Generator], np.ndarray], rng: np.random.Generator) -> _Picture:
+        scene = streets.draw_scene(rng)
+        return look(scene, rng), streets.pixel_label(scene)
+
+    return {
+        "source_train": lambda rng: make(streets.source_look, rng),
+        "target_train": lambda rng: make(streets.target_look, rng),
+        "source_test": lambda rng: make(streets.source_look, rng),
+        "target_test": lambda rng: make(streets.target_look, rng),
+    }
+
+
+def _digits() -> Dict[str, Callable[[np.random.Generator], _Picture]]:
+    train, test = digits.load_material("train"), digits.load_material("test")
+
+    def source(material: digits.Material, rng: np.random.Generator) -> _Picture:
+        scene = digits.draw_scene(material, rng)
+        return digits.source_look(scene, rng), scene.label
+
+    def target(material: digits.Material, rng: np.random.Generator) -> _Picture:
+        scene = digits.draw_scene(material, rng)
+        return digits.target_look(scene, material, rng), scene.label
+
+    return {
+        "source_train": lambda rng: source(train, rng),
+        "target_train": lambda rng: target(train, rng),
+        "source_test": lambda rng: source(test, rng),
+        "target_test": lambda rng: target(test, rng),
+    }

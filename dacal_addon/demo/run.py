@@ -1,0 +1,127 @@
+"""What `dacal demo` does: train every method, print the table, write table and pictures."""
+
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from . import plots
+from .datasets import Dataset, load_dataset
+from .self_training import METHODS, RECIPES, TITLES, Recipe, Scores, Trained, predict, score, train, train_start
+
+
+class _Finished(NamedTuple):
+    trained: Trained
+    logits: Tensor
+    scores: Scores
+
+
+def run(dataset_name: str, *, seed: int, iterations: int, out: Path, device: torch.device) -> int:
+    """Run the demo; returns the exit code, 130 after Ctrl-C. `iterations`: of each self-training run, 0 for the default."""
+    recipe = RECIPES[dataset_name]
+    if iterations:
+        # The phases keep their proportions, so that a short run still takes meta-steps.
+        share = iterations / recipe.iterations
+        recipe = recipe._replace(
+            iterations=iterations,
+            source_iterations=max(1, round(share * recipe.source_iterations)),
+            meta_warmup=round(share * recipe.meta_warmup),
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    finished: Dict[str, _Finished] = {}
+    begun, interrupted = time.perf_counter(), False
+    dataset = None
+    try:
+        dataset = load_dataset(dataset_name, seed=seed)
+        start = train_start(dataset, recipe, seed=seed, device=device)
+        for method in METHODS:
+            trained = train(method, start, dataset, recipe, seed=seed, device=device)
+            logits = predict(trained.student, dataset.target_test.image, device=device)
+            finished[method] = _Finished(trained, logits, score(logits, dataset.target_test.label))
+    except KeyboardInterrupt:
+        interrupted = True
+    if interrupted:
+        left = ", ".join(TITLES[method] for method in METHODS if method not in finished)
+        print(f"\ndacal demo: interrupted. Not finished: {left}.", file=sys.stderr)
+    if dataset is None or not finished:
+        print(f"dacal demo: nothing was finished; nothing was written to {out}.", file=sys.stderr)
+        return 130
+    rows = {method: one.scores for method, one in finished.items()}
+    print(f"\n{dataset_name}, target test images, seed {seed}, {recipe.iterations} iterations\n")
+    print(table(rows))
+    written = _write(out, dataset, finished, recipe, seed=seed, seconds=time.perf_counter() - begun, device=device)
+    print(f"\nWritten to {out}: {', '.join(written)}")
+    return 130 if interrupted else 0
+
+
+def table(rows: Dict[str, Scores]) -> str:
+    """The table as text; percentages, NLL in nats.
+
+    Example:
+        >>> print(table({"hard": Scores(miou=0.541, accuracy=0.8, confidence=0.897, ece=0.097, nll=0.61)}))
+        labels on target             mIoU %  accuracy %  confidence %   ECE %     NLL
+        hard pseudo-labels             54.1        80.0          89.7    9.70   0.610
+    """
+    lines = [f"{'labels on target':<27}  mIoU %  accuracy %  confidence %   ECE %     NLL"]
+    for method, row in rows.items():
+        figures = (
+            f"{100 * row.miou:8.1f}{100 * row.accuracy:12.1f}{100 * row.confidence:14.1f}{100 * row.ece:8.2f}{row.nll:8.3f}"
+        )
+        lines.append(f"{TITLES[method]:<27}{figures}")
+    return "\n".join(lines)
+
+
+def _write(
+    out: Path,
+    dataset: Dataset,
+    finished: Dict[str, _Finished],
+    recipe: Recipe,
+    *,
+    seed: int,
+    seconds: float,
+    device: torch.device,
+) -> List[str]:
+    """Table and pictures of what is finished; returns the names of the files."""
+    report: Dict[str, Any] = {
+        "dataset": dataset.name,
+        "seed": seed,
+        "recipe": {
+            key: value if isinstance(value, (int, float, str)) else str(value) for key, value in recipe._asdict().items()
+        },
+        "rows": [
+            {"method": method, **one.scores._asdict(), "seconds": one.trained.seconds} for method, one in finished.items()
+        ],
+        "seconds": seconds,
+        "device": str(device),
+        "versions": {"dacal_addon": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    (out / "results.json").write_text(json.dumps(report, indent=2) + "\n")
+    image, label = dataset.target_test
+    plots.plot_reliability({TITLES[method]: one.logits for method, one in finished.items()}, label, out / "reliability.png")
+    chosen = list(plots.pick_images(label, 4))
+    predictions = {TITLES[method]: one.logits[chosen].argmax(1) for method, one in finished.items()}
+    plots.plot_predictions(dataset, image[chosen], label[chosen], predictions, out / "predictions.png")
+    names = ["results.json", "reliability.png", "predictions.png"]
+    if "dacal" in finished:
+        logits = finished["dacal"].logits[chosen]
+        temperature = _temperature(finished["dacal"].trained, image[chosen], recipe, device)
+        plots.plot_temperature(image[chosen], label[chosen], logits, temperature, out / "temperature.png")
+        names.append("temperature.png")
+    return names
+
+
+def _temperature(trained: Trained, image: Tensor, recipe: Recipe, device: torch.device) -> Tensor:
+    """The temperatures that the finished student's own logits would get, were it the teacher: (N, 1, H, W) on the CPU."""
+    net, student = trained.temperature_net, trained.student.eval()
+    assert net is not None  # for mypy: the method is "dacal"
+    with torch.no_grad():
+        features = student.features(image.to(device))
+        temperature: Tensor = net(student.logits(features), features if recipe.use_features else None).cpu()
+    student.train()
+    return temperature

@@ -1,0 +1,155 @@
+"""The losses: soft cross-entropy trains the student, and the outer losses judge its virtual update."""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._check import check_label, check_logits, check_number, check_tensor, describe, problem
+
+
+def soft_cross_entropy(logits: Tensor, soft_label: Tensor, weight: Optional[Tensor] = None) -> Tensor:
+    """Mean of -weight * sum_c soft_label * log_softmax(logits) over the labelled pixels.
+
+    A pixel is labelled if its soft label is not all zeros; `one_hot` and `mix` write all zeros for `ignore_index`. The mean
+    divides by the number of labelled pixels and not by the sum of the weights: DAFormer's weight is there to scale the
+    loss down while few pixels are confident. With one-hot labels and no weight this is
+    `F.cross_entropy(..., ignore_index=...)`; without any labelled pixel it is 0, where that is NaN.
+
+    Args:
+        logits: (N, C, H, W), floating; half precision is upcast to float32.
+        soft_label: (N, C, H, W), floating, >= 0, sums to 1 over C or is all zeros.
+        weight: (N, H, W), floating, >= 0; None for 1 everywhere.
+
+    Returns:
+        A scalar. Gradient flows to `logits`, `soft_label` (that is how the temperature net learns) and `weight`.
+
+    Raises:
+        ValueError, TypeError: other shapes or kinds. Values are not checked: that would synchronise a GPU at every call.
+
+    Example:
+        >>> logits, label = torch.zeros(1, 4, 1, 2), torch.full((1, 4, 1, 2), 0.25)
+        >>> round(soft_cross_entropy(logits, label).item(), 4)  # log 4
+        1.3863
+
+    Source: DA-Cal (arXiv 2602.20860), the loss on mixed images; weights as in DACS (Tranheden et al., WACV 2021).
+    """
+    check_logits("soft_cross_entropy", "logits", logits)
+    expected = f"soft_label: a floating tensor {tuple(logits.shape)} like the logits"
+    y = check_tensor("soft_cross_entropy", "soft_label", soft_label, expected=expected, remedy="see one_hot and mix")
+    if y.shape != logits.shape or not y.is_floating_point():
+        remedy = "make hard labels soft with one_hot, and interpolate the logits to the size of the labels"
+        raise problem("soft_cross_entropy", expected=expected, got=describe(y), remedy=remedy)
+    log_p = F.log_softmax(_at_least_float32(logits), dim=1)
+    loss = -(y * log_p).sum(1)
+    labelled = (y.detach() > 0).any(1)
+    return _mean_over(labelled, loss, _checked_weight("soft_cross_entropy", weight, loss))
+
+
+def cross_entropy(logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, ignore_index: int = 255) -> Tensor:
+    """Outer loss: mean of weight * cross-entropy over the pixels whose label is not `ignore_index`.
+
+    `soft_cross_entropy` for hard labels, with the same mean.
+
+    Example:
+        >>> logits = torch.zeros(1, 4, 1, 2)
+        >>> round(cross_entropy(logits, torch.tensor([[[3, 255]]])).item(), 4)  # log 4
+        1.3863
+    """
+    check_logits("cross_entropy", "logits", logits)
+    n, _, h, w = logits.shape
+    check_label("cross_entropy", "label", label, shape=(n, h, w))
+    loss = F.cross_entropy(_at_least_float32(logits), label, ignore_index=ignore_index, reduction="none")
+    return _mean_over(label != ignore_index, loss, _checked_weight("cross_entropy", weight, loss))
+
+
+def calibration_gap(
+    logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, n_bins: int = 15, ignore_index: int = 255
+) -> Tensor:
+    """Outer loss: the squared, binned calibration error with a gradient, sum_b share_b * (confidence_b - accuracy_b)^2.
+
+    A pixel belongs to the two bins whose centres enclose its confidence, in proportion to its nearness, so that the gap is
+    a continuous function of the logits; hard bins jump when a pixel changes its bin. Correctness (is the argmax the
+    label?) is a constant; the gradient reaches the logits through the confidences and the bin shares.
+
+    Args:
+        logits: (N, C, H, W), floating.
+        label: (N, H, W) int64, `ignore_index` where not judged.
+        weight: (N, H, W), floating, >= 0: how much a pixel counts; None for 1 everywhere.
+        n_bins: number of bins, >= 1.
+
+    Returns:
+        A scalar in 0..1. 0 without any judged pixel.
+
+    Example:
+        >>> logits = torch.zeros(1, 2, 1, 2)  # confidence 1/2, half of the pixels right
+        >>> calibration_gap(logits, torch.tensor([[[0, 1]]])).item()
+        0.0
+        >>> calibration_gap(logits, torch.tensor([[[0, 0]]]), n_bins=1).item()  # (1/2 - 1)^2
+        0.25
+
+    Source: the l2 calibration error of Kumar et al. (NeurIPS 2019), with soft bins after Karandikar et al. (NeurIPS 2021).
+    """
+    check_logits("calibration_gap", "logits", logits)
+    check_number("calibration_gap", "n_bins", n_bins, low=1, rule=">= 1")
+    n, _, h, w = logits.shape
+    check_label("calibration_gap", "label", label, shape=(n, h, w))
+    judged = (label != ignore_index).to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    weight = _checked_weight("calibration_gap", weight, judged)
+    mass = (judged if weight is None else judged * weight).flatten()
+    # max, not amax: amax shares the gradient among equal maxima, and argmax says which one is judged.
+    confidence, prediction = F.softmax(_at_least_float32(logits), dim=1).max(1)
+    excess = confidence.flatten() - (prediction == label).flatten().to(confidence.dtype)
+    position = (confidence.flatten() * n_bins - 0.5).clamp(0.0, n_bins - 1.0)
+    lower = position.detach().floor().clamp(max=max(n_bins - 2, 0))
+    upper_share = position - lower
+    gaps, shares = confidence.new_zeros(n_bins), confidence.new_zeros(n_bins)
+    for index, share in ((lower, 1 - upper_share), ((lower + 1).clamp(max=n_bins - 1), upper_share)):
+        gaps = gaps.index_add(0, index.long(), mass * share * excess)
+        shares = shares.index_add(0, index.long(), mass * share)
+    return (gaps.pow(2) / shares.clamp(min=1e-12)).sum() / mass.sum().clamp(min=1e-12)
+
+
+class CrossEntropyAndGap:
+    """Outer loss: cross-entropy plus `gap_weight` times the calibration gap.
+
+    Cross-entropy alone gains accuracy and some calibration, the gap alone calibrates at the cost of accuracy; the weight
+    chooses between them (design notes in benchmarks/README.md).
+
+    Example:
+        >>> logits, label = torch.zeros(1, 2, 1, 2), torch.tensor([[[0, 0]]])
+        >>> round(CrossEntropyAndGap(gap_weight=10.0)(logits, label).item(), 4)  # log 2 + 10 * (1/2 - 1)^2
+        3.1931
+    """
+
+    def __init__(self, *, gap_weight: float = 10.0, n_bins: int = 15, ignore_index: int = 255) -> None:
+        check_number("CrossEntropyAndGap", "gap_weight", gap_weight, low=0.0, rule=">= 0")
+        self.gap_weight = gap_weight
+        self.n_bins = n_bins
+        self.ignore_index = ignore_index
+
+    def __call__(self, logits: Tensor, label: Tensor, weight: Optional[Tensor] = None) -> Tensor:
+        gap = calibration_gap(logits, label, weight, n_bins=self.n_bins, ignore_index=self.ignore_index)
+        return cross_entropy(logits, label, weight, ignore_index=self.ignore_index) + self.gap_weight * gap
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _checked_weight(function: str, weight: Optional[Tensor], like: Tensor) -> Optional[Tensor]:
+    if weight is None:
+        return None
+    expected = f"weight: a floating tensor {tuple(like.shape)}, one per pixel"
+    x = check_tensor(function, "weight", weight, expected=expected, remedy="pass one weight per pixel")
+    if x.shape != like.shape or not x.is_floating_point():
+        raise problem(function, expected=expected, got=describe(x), remedy="squeeze or expand it to the labels' shape")
+    return x.to(like.dtype)
+
+
+def _mean_over(counted: Tensor, loss: Tensor, weight: Optional[Tensor]) -> Tensor:
+    if weight is not None:
+        loss = loss * weight
+    # masked_fill and not a product: an infinite logit under an ignored pixel must not turn the mean into NaN.
+    return loss.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)

@@ -1,0 +1,191 @@
+"""From the teacher's logits and temperatures to what the student is taught: soft labels, hard labels, pixel weights."""
+
+from typing import Callable, NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._check import (
+    check_choice,
+    check_classes,
+    check_label,
+    check_logits,
+    check_number,
+    check_tensor,
+    describe,
+    problem,
+)
+
+WEIGHTS = ("ratio", "threshold", "none")
+
+
+class SoftPseudoLabels(NamedTuple):
+    """What `SoftPseudoLabeler` returns, for N images of H x W pixels and C classes."""
+
+    soft_label: Tensor
+    """(N, C, H, W) floating, sums to 1 over C. Carries the gradient of the temperature net, unless under `no_grad`."""
+    pseudo_label: Tensor
+    """(N, H, W) int64, the teacher's argmax. The temperature cannot change it."""
+    weight: Tensor
+    """(N, H, W) floating in 0..1, detached; 0 where the label must not be used."""
+    temperature: Tensor
+    """(N, 1, H, W) floating, > 0. Carries the gradient of the temperature net, unless under `no_grad`."""
+
+
+def soft_label(logits: Tensor, temperature: Tensor) -> Tensor:
+    """softmax(logits / temperature) over the classes.
+
+    Args:
+        logits: (N, C, H, W), floating; detached, since nobody trains a teacher through its labels.
+        temperature: (N, 1, H, W), > 0; the gradient flows through it.
+
+    Returns:
+        (N, C, H, W), sums to 1 over C. float32 at least.
+
+    Example:
+        >>> z = torch.tensor([2.0, 0.0]).view(1, 2, 1, 1)
+        >>> for T in (1.0, 2.0):
+        ...     print([round(p, 3) for p in soft_label(z, torch.full((1, 1, 1, 1), T)).flatten().tolist()])
+        [0.881, 0.119]
+        [0.731, 0.269]
+    """
+    check_logits("soft_label", "logits", logits)
+    n, _, h, w = logits.shape
+    expected = f"temperature: a floating tensor {(n, 1, h, w)}"
+    t = check_tensor("soft_label", "temperature", temperature, expected=expected, remedy="use MetaTemperatureNet")
+    if t.shape != (n, 1, h, w):
+        raise problem("soft_label", expected=expected, got=describe(t), remedy="one temperature per pixel")
+    z = logits.detach()
+    return F.softmax((z if z.dtype == torch.float64 else z.float()) / t, dim=1)
+
+
+def confidence_weight(logits: Tensor, *, mode: str = "ratio", threshold: float = 0.968) -> Tensor:
+    """Per-pixel loss weights from the teacher's plain confidence, max softmax(logits).
+
+    Never from the calibrated one: a weight that depends on the temperature would let the bilevel step lower its loss by
+    switching pixels off.
+
+    Args:
+        logits: (N, C, H, W), floating; detached.
+        mode: "ratio": every pixel of the batch gets the share of pixels whose confidence is >= `threshold`, as in DACS
+            and DAFormer; "threshold": 1 where the confidence is >= `threshold`, else 0; "none": 1 everywhere.
+        threshold: in 0..1; 0.968 is DAFormer's.
+
+    Returns:
+        (N, H, W) floating in 0..1, detached.
+
+    Example:
+        >>> z = torch.tensor([9.0, 0.0, 0.0, 0.0]).view(1, 1, 2, 2)
+        >>> z = torch.cat([z, torch.zeros_like(z)], dim=1)
+        >>> confidence_weight(z).flatten().tolist()
+        [0.25, 0.25, 0.25, 0.25]
+        >>> confidence_weight(z, mode="threshold").flatten().tolist()
+        [1.0, 0.0, 0.0, 0.0]
+
+    Source: DACS (Tranheden et al., WACV 2021); DAFormer (Hoyer et al., CVPR 2022), section 3.1.
+    """
+    check_logits("confidence_weight", "logits", logits)
+    check_choice("confidence_weight", "mode", mode, WEIGHTS)
+    check_number("confidence_weight", "threshold", threshold, low=0.0, high=1.0, rule="in [0, 1]")
+    z = logits.detach()
+    z = z if z.dtype == torch.float64 else z.float()
+    if mode == "none":
+        return torch.ones_like(z[:, 0])
+    confident = (F.softmax(z, dim=1).amax(1) >= threshold).to(z.dtype)
+    return confident if mode == "threshold" else confident.mean().expand_as(confident).clone()
+
+
+class SoftPseudoLabeler:
+    """Calibrated soft pseudo-labels for target images, with DAFormer's pixel weights.
+
+    Args:
+        temperature_net: maps (logits, features) to temperatures (N, 1, H, W), as `MetaTemperatureNet` does; None for
+            T = 1, uncalibrated soft labels.
+        weight: "ratio", "threshold" or "none", see `confidence_weight`.
+        threshold: the confidence that counts as sure, in 0..1.
+        ignore_top, ignore_bottom: rows at the image's edges whose weight is 0. DAFormer ignores the rectification border
+            (15 rows) and the car's bonnet (120 rows) of Cityscapes.
+
+    Example:
+        >>> labeler = SoftPseudoLabeler(None, weight="none", ignore_top=1)
+        >>> labels = labeler(torch.randn(2, 5, 4, 4, generator=torch.Generator().manual_seed(0)))
+        >>> bool((labels.soft_label.argmax(1) == labels.pseudo_label).all()), labels.weight[0, :, 0].tolist()
+        (True, [0.0, 1.0, 1.0, 1.0])
+    """
+
+    def __init__(
+        self,
+        temperature_net: Optional[Callable[..., Tensor]],
+        *,
+        weight: str = "ratio",
+        threshold: float = 0.968,
+        ignore_top: int = 0,
+        ignore_bottom: int = 0,
+    ) -> None:
+        check_choice("SoftPseudoLabeler", "weight", weight, WEIGHTS)
+        check_number("SoftPseudoLabeler", "threshold", threshold, low=0.0, high=1.0, rule="in [0, 1]")
+        check_number("SoftPseudoLabeler", "ignore_top", ignore_top, low=0, rule=">= 0 rows")
+        check_number("SoftPseudoLabeler", "ignore_bottom", ignore_bottom, low=0, rule=">= 0 rows")
+        self.temperature_net = temperature_net
+        self.weight = weight
+        self.threshold = threshold
+        self.ignore_top = ignore_top
+        self.ignore_bottom = ignore_bottom
+
+    def __call__(
+        self, teacher_logits: Tensor, *, features: Optional[Tensor] = None, valid: Optional[Tensor] = None
+    ) -> SoftPseudoLabels:
+        """Label a batch.
+
+        Args:
+            teacher_logits: (N, C, H, W) at the resolution of the labels; detached.
+            features: (N, F, h, w), handed to the temperature net; detached by `MetaTemperatureNet`.
+            valid: (N, H, W) bool, False where the image is padding; the weight there is 0.
+
+        Raises:
+            ValueError, TypeError: inputs of another shape or kind.
+        """
+        check_logits("SoftPseudoLabeler", "teacher_logits", teacher_logits)
+        z = teacher_logits.detach()
+        if self.temperature_net is None:
+            temperature = torch.ones_like(z[:, :1], dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
+        elif features is None:
+            temperature = self.temperature_net(z)
+        else:
+            temperature = self.temperature_net(z, features)
+        weight = confidence_weight(z, mode=self.weight, threshold=self.threshold)
+        weight[:, : self.ignore_top] = 0.0
+        weight[:, weight.shape[1] - self.ignore_bottom :] = 0.0
+        if valid is not None:
+            expected = f"a bool tensor {tuple(weight.shape)}, False on padding"
+            mask = check_tensor("SoftPseudoLabeler", "valid", valid, expected=expected, remedy="pass a bool tensor")
+            if mask.dtype != torch.bool or mask.shape != weight.shape:
+                remedy = "squeeze the channel dimension and compare: valid > 0"
+                raise problem("SoftPseudoLabeler", expected=f"valid: {expected}", got=describe(mask), remedy=remedy)
+            weight = weight.masked_fill(~mask, 0.0)
+        return SoftPseudoLabels(soft_label(z, temperature), z.argmax(1), weight, temperature)
+
+
+def one_hot(label: Tensor, num_classes: int, *, ignore_index: int = 255) -> Tensor:
+    """Hard labels as soft ones: 1 at the class, all zeros where the label is `ignore_index` (so its loss is zero).
+
+    Args:
+        label: (N, H, W) int64 of classes or `ignore_index`.
+        num_classes: C.
+
+    Returns:
+        (N, C, H, W) float32.
+
+    Raises:
+        ValueError: a label that is neither a class nor `ignore_index`.
+
+    Example:
+        >>> one_hot(torch.tensor([[[1, 255]]]), 2)[0, :, 0].T.tolist()
+        [[0.0, 1.0], [0.0, 0.0]]
+    """
+    check_label("one_hot", "label", label)
+    check_classes("one_hot", "label", label, num_classes, ignore_index)
+    # Comparing instead of scattering: the ignored pixels come out as zeros without a class of their own.
+    classes = torch.arange(num_classes, device=label.device).view(1, -1, 1, 1)
+    return (label.unsqueeze(1) == classes).float()

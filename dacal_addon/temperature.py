@@ -1,0 +1,193 @@
+"""Per-pixel temperatures from the teacher's logits: the only thing that the bilevel step learns."""
+
+import math
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._check import check_logits, check_number, check_tensor, describe, problem
+
+# exp(-9) is about 1e-4: below that a class is out of the question and how far out says nothing more. Without a floor one
+# confident pixel (log-probability -80) drowns the inputs of all others.
+_LOG_PROBABILITY_FLOOR = -9.0
+
+
+def temperature_features(logits: Tensor) -> Tensor:
+    """What a pixel's logits say about how sure the teacher is, scaled to about -2..2.
+
+    Args:
+        logits: (N, C, H, W), floating. No gradient flows back to them.
+
+    Returns:
+        (N, C + 2, H, W), the dtype of `logits` (half precision is upcast to float32): the log-softmax (floored at -9,
+        shifted and scaled), the margin between the two largest probabilities, and the entropy as a share of log C.
+        Unchanged when a constant is added to a pixel's logits, as the softmax is.
+
+    Raises:
+        ValueError, TypeError: not a floating tensor of four dimensions with at least two classes.
+
+    Example:
+        >>> undecided = temperature_features(torch.zeros(1, 4, 1, 1)).flatten()
+        >>> margin, entropy = undecided[-2:].tolist()
+        >>> print(f"margin {margin:.1f}, entropy {entropy:.1f}")
+        margin -1.0, entropy 1.0
+    """
+    check_logits("temperature_features", "logits", logits)
+    z = logits.detach()
+    log_p = F.log_softmax(z if z.dtype == torch.float64 else z.float(), dim=1)
+    p = log_p.exp()
+    # The two largest in one sweep over the classes: topk takes ten times as long for a dozen classes (measured, CPU).
+    first, second = torch.max(p[:, 0], p[:, 1]), torch.min(p[:, 0], p[:, 1])
+    for i in range(2, p.shape[1]):
+        second = torch.max(second, torch.min(first, p[:, i]))
+        first = torch.max(first, p[:, i])
+    margin = (first - second).unsqueeze(1)
+    entropy = -(p * log_p).sum(1, keepdim=True) / math.log(logits.shape[1])
+    return torch.cat([log_p.clamp(min=_LOG_PROBABILITY_FLOOR) / 4.5 + 1.0, 2 * margin - 1, 2 * entropy - 1], dim=1)
+
+
+class _ClampWithWayBack(torch.autograd.Function):
+    """clamp(h, -bound, bound) whose gradient, outside the bounds, is kept where a descent step leads back inside.
+
+    The plain clamp has no gradient there, so that a pixel once driven out stays out for good: the saturation of which
+    the first attempts at the method died (T at its lower bound, whatever the outer loss).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, bound: float) -> Tensor:
+        ctx.save_for_backward(h)
+        ctx.bound = bound
+        return h.clamp(-bound, bound)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (h,) = ctx.saved_tensors
+        outward = ((h > ctx.bound) & (grad < 0)) | ((h < -ctx.bound) & (grad > 0))
+        return grad.masked_fill(outward, 0.0), None
+
+
+def bounded_temperature(log_ratio: Tensor, *, initial: float = 1.0, max_ratio: float = 5.0) -> Tensor:
+    """T = initial * exp(clamp(log_ratio, -log(max_ratio), log(max_ratio))).
+
+    Log-linear, so that sharpening and softening by the same factor cost the same. Inside the bounds the gradient is the
+    exact one; outside it is zero where descent would lead further out and that of the unclamped function where it leads
+    back, so T can always return from its bounds.
+
+    Args:
+        log_ratio: any shape, floating.
+        initial: T at log_ratio = 0, exactly. > 0.
+        max_ratio: T stays in [initial / max_ratio, initial * max_ratio]. > 1.
+
+    Example:
+        >>> bounded_temperature(torch.tensor([-99.0, 0.0, 99.0]), initial=2.0, max_ratio=4.0)
+        tensor([0.5000, 2.0000, 8.0000])
+    """
+    clamped: Tensor = _ClampWithWayBack.apply(log_ratio, math.log(max_ratio))  # type: ignore[no-untyped-call]  # torch's gap
+    return initial * torch.exp(clamped)
+
+
+class MetaTemperatureNet(nn.Module):
+    """Per-pixel temperatures T for the teacher's logits, learned by `BilevelCalibrationStep`.
+
+    Three small convolutions over `temperature_features(logits)` and, where given, the teacher's own features, which know
+    more than its logits about where it errs. The last layer starts at zero: T is `initial_temperature` everywhere, bit
+    for bit, until the first update.
+
+    Shape: `logits` (N, C, H, W), `features` (N, F, h, w) at any resolution -> temperature (N, 1, H, W), T > 0. Floating
+    dtypes; the result has the dtype of the net's parameters (float32).
+
+    Gradient: reaches this net's parameters only; `logits` and `features` are detached. Building the net leaves the global
+    random state alone.
+
+    Args:
+        num_classes: C, at least 2.
+        feature_channels: F, or 0 when no features will be passed.
+        hidden_channels: width of the net. The default gives 5,377 parameters for C = 19 without features.
+        initial_temperature: T before the first update. > 0.
+        max_ratio: T stays within a factor of this of `initial_temperature`. > 1.
+        generator: source of the initial weights; by default one with seed 0.
+
+    Raises:
+        ValueError: `logits` or `features` of another shape than announced here.
+
+    Example:
+        >>> net = MetaTemperatureNet(num_classes=19)
+        >>> temperature = net(torch.randn(2, 19, 8, 16, generator=torch.Generator().manual_seed(0)))
+        >>> temperature.shape, temperature.detach().unique().tolist()
+        (torch.Size([2, 1, 8, 16]), [1.0])
+
+    Source: DA-Cal (Li et al., arXiv 2602.20860), whose meta temperature network this stands for; the inputs, the
+    log-linear bound and the zero start are this package's (see `bounded_temperature`).
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        feature_channels: int = 0,
+        hidden_channels: int = 16,
+        initial_temperature: float = 1.0,
+        max_ratio: float = 5.0,
+        generator: Optional[torch.Generator] = None,
+    ) -> None:
+        super().__init__()
+        name = "MetaTemperatureNet"
+        check_number(name, "num_classes", num_classes, low=2, rule=">= 2")
+        check_number(name, "feature_channels", feature_channels, low=0, rule=">= 0")
+        check_number(name, "hidden_channels", hidden_channels, low=1, rule=">= 1")
+        check_number(name, "initial_temperature", initial_temperature, low=1e-6, high=1e6, rule="in [1e-6, 1e6]")
+        check_number(name, "max_ratio", max_ratio, low=1 + 1e-6, high=1e6, rule="> 1 (and at most 1e6)")
+        self.num_classes = num_classes
+        self.feature_channels = feature_channels
+        self.initial_temperature = float(initial_temperature)
+        self.max_ratio = float(max_ratio)
+        # The layers draw their default weights from the global random state; the fork hides that from the host.
+        with torch.random.fork_rng(devices=[]):
+            reduced = hidden_channels // 2 if feature_channels else 0
+            self.reduce = nn.Conv2d(feature_channels, reduced, 1) if feature_channels else None
+            self.layers = nn.ModuleList(
+                [
+                    nn.Conv2d(num_classes + 2 + reduced, hidden_channels, 3, padding=1),
+                    nn.Conv2d(hidden_channels, hidden_channels, 3, padding=2, dilation=2),
+                ]
+            )
+            self.last = nn.Conv2d(hidden_channels, 1, 1)
+        generator = generator if generator is not None else torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0.0, math.sqrt(2.0 / parameter[0].numel()), generator=generator)
+                else:
+                    parameter.zero_()
+            self.last.weight.zero_()
+
+    def forward(self, logits: Tensor, features: Optional[Tensor] = None) -> Tensor:
+        check_logits("MetaTemperatureNet", "logits", logits, num_classes=self.num_classes)
+        dtype = self.last.weight.dtype
+        x = temperature_features(logits).to(dtype)
+        if self.reduce is not None:
+            h = self.reduce(_normalised(self._checked_features(features, logits.shape[0]).to(dtype)))
+            h = F.interpolate(h, size=logits.shape[-2:], mode="bilinear", align_corners=False)
+            x = torch.cat([x, h], dim=1)
+        elif features is not None:
+            remedy = f"build the net with feature_channels={features.shape[1] if features.dim() > 1 else 'F'}"
+            raise problem("MetaTemperatureNet", expected="features=None", got=describe(features), remedy=remedy)
+        for layer in self.layers:
+            x = F.relu(layer(x))
+        return bounded_temperature(self.last(x).to(dtype), initial=self.initial_temperature, max_ratio=self.max_ratio)
+
+    def _checked_features(self, features: Optional[Tensor], batch: int) -> Tensor:
+        expected = f"features: a floating tensor (N={batch}, F={self.feature_channels}, h, w)"
+        remedy = "pass the teacher's features, or build the net with feature_channels=0"
+        x = check_tensor("MetaTemperatureNet", "features", features, expected=expected, remedy=remedy)
+        if x.dim() != 4 or x.shape[:2] != (batch, self.feature_channels) or not x.is_floating_point():
+            raise problem("MetaTemperatureNet", expected=expected, got=describe(x), remedy=remedy)
+        return x.detach()
+
+
+def _normalised(features: Tensor) -> Tensor:
+    """Each pixel's features to mean 0 and variance 1 over the channels: hosts' features have any scale."""
+    centred = features - features.mean(1, keepdim=True)
+    return centred / (centred.pow(2).mean(1, keepdim=True) + 1e-5).sqrt()

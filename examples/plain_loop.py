@@ -1,0 +1,119 @@
+"""A whole self-training loop in plain PyTorch, with DA-Cal wrapped around it.
+
+    python examples/plain_loop.py                   # about a minute on two cores
+    python examples/plain_loop.py --labels hard     # the same loop without DA-Cal, to compare
+
+Everything between the two marks is what DA-Cal adds to a loop that was there before. The data are small procedural pictures:
+discs on a background, bright on the source and dim on the target.
+"""
+
+import argparse
+import copy
+from typing import Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, metrics, soft_cross_entropy
+from dacal_addon.mixing import class_mask, mix
+
+CLASSES = 4
+
+
+def pictures(n: int, domain: str, generator: torch.Generator, size: int = 32) -> Tuple[Tensor, Tensor]:
+    """(n, 3, size, size) images and (n, size, size) labels: three discs, whose colour is their class, on grey."""
+    rows, columns = torch.arange(size).view(1, size, 1).float(), torch.arange(size).view(1, 1, size).float()
+    label = torch.zeros(n, size, size, dtype=torch.int64)
+    for kind in range(1, CLASSES):
+        y, x, r = (torch.rand(3, n, 1, 1, generator=generator) * torch.tensor([size, size, 6]).view(3, 1, 1, 1)).unbind()
+        label[(rows - y) ** 2 + (columns - x) ** 2 < (r + 4) ** 2] = kind
+    colour = torch.tensor([[0.5, 0.5, 0.5], [0.9, 0.3, 0.3], [0.3, 0.9, 0.3], [0.3, 0.3, 0.9]])
+    image = colour[label].permute(0, 3, 1, 2)
+    if domain == "target":
+        image = 0.6 * (image + 0.7 * (image.mean(1, keepdim=True) - image)) + 0.1 * torch.tensor([1.0, 0.5, 0.0]).view(3, 1, 1)
+    return image + 0.08 * torch.randn(image.shape, generator=generator), label
+
+
+def network() -> nn.Sequential:
+    def layer(inputs: int, outputs: int) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+
+    return nn.Sequential(layer(3, 16), layer(16, 16), layer(16, 16), nn.Conv2d(16, CLASSES, 1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--labels", choices=("dacal", "hard"), default="dacal", help="how target images are labelled")
+    parser.add_argument("--iters", type=int, default=400, help="iterations, of which the first quarter is the warm-up")
+    parser.add_argument("--batch", type=int, default=8, help="images of each domain")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+
+    torch.manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(options.seed)
+    student = network()
+    teacher = copy.deepcopy(student)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+
+    # DA-Cal: what to set up once
+    temperature_net = MetaTemperatureNet(CLASSES)
+    labeler = SoftPseudoLabeler(temperature_net)
+    calibrate = BilevelCalibrationStep(
+        student,
+        labeler,
+        optimizer=optimizer,
+        meta_optimizer=torch.optim.Adam(temperature_net.parameters(), lr=3e-4),
+        warmup=options.iters // 4,
+    )
+    # DA-Cal: end
+
+    for iteration in range(options.iters):
+        source_image, source_label = pictures(options.batch, "source", generator)
+        target_image, _ = pictures(options.batch, "target", generator)
+        with torch.no_grad():
+            teacher_logits = teacher(target_image)
+        mask = class_mask(source_label, generator=generator)
+
+        # DA-Cal: what to call at every iteration
+        if options.labels == "dacal":
+            result = calibrate(source_image, source_label, target_image, teacher_logits, mask=mask)
+            if result.skipped is None and iteration % 50 == 0:
+                print(
+                    f"iteration {iteration}: T {result.temperature_min:.2f}..{result.temperature_max:.2f}, "
+                    f"outer loss {result.outer_loss_before:.4f} -> {result.outer_loss_after:.4f}"
+                )
+        # DA-Cal: end
+
+        with torch.no_grad():
+            labels = labeler(teacher_logits)
+        target_label = labels.soft_label if options.labels == "dacal" else labels.pseudo_label
+        mixed_label = mix(mask, source_label, target_label)
+        mixed_logits = student(mix(mask, source_image, target_image))
+        weight = mix(mask, torch.ones_like(labels.weight), labels.weight)
+        if options.labels == "dacal":
+            mixed_loss = soft_cross_entropy(mixed_logits, mixed_label, weight)
+        else:
+            mixed_loss = (F.cross_entropy(mixed_logits, mixed_label, reduction="none") * weight).mean()
+        loss = F.cross_entropy(student(source_image), source_label) + mixed_loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        with torch.no_grad():
+            momentum = min(1 - 1 / (iteration + 1), 0.99)
+            for mine, other in zip(teacher.parameters(), student.parameters()):
+                mine.mul_(momentum).add_(other, alpha=1 - momentum)
+            for copied, original in zip(teacher.buffers(), student.buffers()):
+                copied.copy_(original)
+
+    student.eval()
+    image, label = pictures(100, "target", torch.Generator().manual_seed(10_000 + options.seed))
+    with torch.no_grad():
+        logits = student(image)
+    print(f"target mIoU {100 * metrics.miou(logits, label, input='logits'):.1f} %")
+    print(f"target ECE  {100 * metrics.ece(logits, label, input='logits'):.2f} %")
+
+
+if __name__ == "__main__":
+    main()

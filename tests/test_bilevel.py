@@ -1,0 +1,238 @@
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler
+from dacal_addon.mixing import class_mask, complement
+from dacal_addon.outer_sets import OUTER_SETS, OuterBatch
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class Student(nn.Module):
+    """Logits at half resolution, with BatchNorm and dropout."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2))
+            self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, image):
+        return self.head(self.body(image))
+
+
+def batch(seed=0, n=2):
+    g = generator(seed)
+    source_label = torch.randint(0, 4, (n, 8, 8), generator=g)
+    source_label[:, 0] = 255
+    return {
+        "source_image": torch.rand(n, 3, 8, 8, generator=g),
+        "source_label": source_label,
+        "target_image": torch.rand(n, 3, 8, 8, generator=g),
+        "teacher_logits": 3 * torch.randn(n, 4, 8, 8, generator=g),
+    }
+
+
+def make(student=None, net=None, **options):
+    student = Student() if student is None else student
+    net = MetaTemperatureNet(4) if net is None else net
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
+    meta_optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    labeler = SoftPseudoLabeler(net, weight=options.pop("weight", "none"))
+    options = {"warmup": 0, **options}
+    return BilevelCalibrationStep(student, labeler, optimizer=optimizer, meta_optimizer=meta_optimizer, **options)
+
+
+def state(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("outer_loss", ["cross_entropy", "cross_entropy_and_gap"])
+@pytest.mark.parametrize("outer_set", list(OUTER_SETS))
+def test_updates_the_temperature_net_and_nothing_else(outer_set, outer_loss):
+    step = make(outer_set=outer_set, outer_loss=outer_loss)
+    step.student(batch()["source_image"]).sum().backward()
+    student, net = state(step.student), state(step.temperature_net)
+    grads = [p.grad.clone() for p in step.student.parameters()]
+    random_state = torch.get_rng_state()
+    result = step(**batch())
+    assert result.skipped is None
+    assert result.engine == "higher"
+    assert result.hypergradient_norm > 0
+    assert (result.temperature_min, result.temperature_mean, result.temperature_max) == (1.0, 1.0, 1.0)
+    assert same(student, state(step.student))
+    assert all(torch.equal(a, p.grad) for a, p in zip(grads, step.student.parameters()))
+    assert step.optimizer.state_dict()["state"] == {}
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert not same(net, state(step.temperature_net))
+    assert all(p.grad is None for p in step.temperature_net.parameters())
+    assert step(**batch()).temperature_max != 1.0
+
+
+def test_the_result_holds_the_outer_losses_of_the_complementary_mix():
+    data, mask = batch(), class_mask(batch()["source_label"], generator=generator(1))
+    step = make(student=Student().eval())
+    result = step(**data, mask=mask)
+    outer_mask = complement(mask)
+    image = torch.where(outer_mask, data["source_image"], data["target_image"])
+    label = torch.where(outer_mask[:, 0], data["source_label"], data["teacher_logits"].argmax(1))
+    logits = F.interpolate(step.student(image), size=(8, 8), mode="bilinear", align_corners=False)
+    assert result.outer_loss_before == pytest.approx(F.cross_entropy(logits, label, ignore_index=255).item(), rel=1e-5)
+    assert result.outer_loss_after != result.outer_loss_before
+
+
+@pytest.mark.parametrize(("teacher_is_right", "direction"), [(True, -1), (False, 1)])
+def test_temperatures_sharpen_a_teacher_that_is_right_and_soften_one_that_is_wrong(teacher_is_right, direction):
+    """Source and target are the same images, so that the outer set's ground truth says whether the teacher errs."""
+    data = batch(n=4)
+    data["target_image"] = data["source_image"]
+    data["source_label"] = data["source_image"].argmax(1)
+    right = F.one_hot(data["source_label"], 4).permute(0, 3, 1, 2).float()
+    data["teacher_logits"] = 2 * (right if teacher_is_right else right.roll(1, 1))
+    student = nn.Conv2d(3, 4, 1)
+    torch.nn.init.zeros_(student.weight)
+    step = make(student=student, outer_set="source_pixels")
+    step.optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    for i in range(10):
+        result = step(**data, generator=generator(i))
+    assert direction * math.log(result.temperature_mean) > 0.02
+
+
+def test_waits_for_the_warm_up_and_then_acts_every_kth_time():
+    step = make(warmup=3, every=2)
+    reasons = [step(**batch()).skipped for _ in range(8)]
+    assert reasons[:3] == [f"warm-up: iteration {i} of 3" for i in (1, 2, 3)]
+    assert [reason is None for reason in reasons[3:]] == [True, False, True, False, True]
+    assert reasons[4] == "every=2: 1 more until the next meta-step"
+    waiting = make(warmup=1)(**batch())
+    assert math.isnan(waiting.outer_loss_before)
+    assert math.isnan(waiting.temperature_mean)
+
+
+@pytest.mark.parametrize("case", ["outer", "after", "gradient"])
+def test_non_finite_figures_skip_the_meta_step_and_say_so(case):
+    def outer_loss(logits, label, weight):
+        loss = F.cross_entropy(logits, label, ignore_index=255)
+        if case == "outer":
+            return loss / 0.0
+        if case == "after" and loss.requires_grad:
+            return loss * float("nan")
+        return loss + (0.0 * loss.sqrt()).sqrt() if case == "gradient" else loss
+
+    step = make(outer_loss=outer_loss)
+    net, meta_state = state(step.temperature_net), copy.deepcopy(step.meta_optimizer.state_dict())
+    result = step(**batch())
+    expected = {"outer": "outer loss is not finite: inf before", "after": "nan after", "gradient": "hypergradient is not"}
+    assert expected[case] in result.skipped
+    assert same(net, state(step.temperature_net))
+    assert step.meta_optimizer.state_dict() == meta_state
+    step.outer_loss = lambda logits, label, weight: F.cross_entropy(logits, label, ignore_index=255)
+    assert step(**batch()).skipped is None
+
+
+def test_resumes_exactly_where_it_was_saved():
+    def run(step, iterations):
+        return [step(**batch(i)) for i in iterations]
+
+    whole = make(warmup=2, every=2)
+    expected = run(whole, range(10))
+    first = make(warmup=2, every=2)
+    run(first, range(5))
+    resumed = make(warmup=2, every=2, net=MetaTemperatureNet(4, generator=generator(99)), seed=99)
+    resumed.load_state_dict(copy.deepcopy(first.state_dict()))
+    got = run(resumed, range(5, 10))
+    assert [r._replace(skipped=str(r.skipped)) for r in got if r.skipped is None] == [
+        r._replace(skipped=str(r.skipped)) for r in expected[5:] if r.skipped is None
+    ]
+    assert same(state(whole.temperature_net), state(resumed.temperature_net))
+
+
+def test_an_error_inside_leaves_everything_as_it_was():
+    def broken(logits, soft_label, weight):
+        raise KeyError("host bug")
+
+    step = make(inner_loss=broken)
+    student, net = state(step.student), state(step.temperature_net)
+    random_state = torch.get_rng_state()
+    with pytest.raises(KeyError, match="host bug"):
+        step(**batch())
+    assert same(student, state(step.student))
+    assert same(net, state(step.temperature_net))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert step.iteration == 0
+
+
+def test_takes_features_padding_and_structured_outputs():
+    class Structured(Student):
+        def forward(self, image):
+            return {"out": super().forward(image)}
+
+    student, net = Structured(), MetaTemperatureNet(4, feature_channels=6)
+    step = make(student=student, net=net, logits_of=lambda output: output["out"])
+    valid = torch.ones(2, 8, 8, dtype=torch.bool)
+    features = torch.randn(2, 6, 4, 4, generator=generator())
+    assert step(**batch(), teacher_features=features, valid=valid).skipped is None
+    untouched = make(outer_set="target_mixup")(**batch(), valid=~valid)  # nothing valid: nothing to learn, and no NaN
+    assert untouched.skipped is None
+    assert untouched.outer_loss_after == 0.0
+
+
+def test_outer_sets_and_losses_can_be_the_hosts_own():
+    seen = []
+
+    def outer_set(batch, *, generator):
+        seen.append(batch)
+        return OuterBatch(batch.target_image, batch.pseudo_label, batch.weight)
+
+    step = make(outer_set=outer_set, outer_loss=lambda logits, label, weight: F.cross_entropy(logits, label))
+    assert step(**batch()).skipped is None
+    assert torch.equal(seen[0].pseudo_label, batch()["teacher_logits"].argmax(1))
+
+
+def replaced(**changes):
+    return {**batch(), **changes}
+
+
+@pytest.mark.parametrize(
+    ("run", "error", "expected"),
+    [
+        (lambda: make(every=0), ValueError, r"BilevelCalibrationStep: expected every >= 1, got 0;"),
+        (lambda: make(warmup=-1), ValueError, r"warmup >= 0 iterations"),
+        (lambda: make(engine="forward"), ValueError, r"engine to be one of 'higher'"),
+        (lambda: make(outer_set="target"), ValueError, r"outer_set to be one of 'source_and_target_pixels', "),
+        (lambda: make(outer_loss="gap"), ValueError, r"outer_loss to be one of 'cross_entropy', "),
+        (lambda: make(net=nn.Conv2d(4, 1, 1)).labeler(torch.zeros(1)), ValueError, r"teacher_logits"),
+        (lambda: make()(**replaced(source_image=torch.zeros(2, 8, 8))), ValueError, r"source_image: .*\(N, K, H, W\), got"),
+        (lambda: make()(**replaced(target_image=torch.zeros(2, 3, 8, 9))), ValueError, r"of one shape, got \(2, 3, 8, 8\) and"),
+        (lambda: make()(**replaced(source_label=torch.zeros(2, 1, 8, 8).long())), ValueError, r"int64 tensor \(2, 8, 8\)"),
+        (lambda: make()(**replaced(source_label=torch.full((2, 8, 8), 19))), ValueError, r"classes 0..3 .*the value 19"),
+        (lambda: make()(**replaced(teacher_logits=torch.zeros(2, 4, 4, 4))), ValueError, r"interpolate them to the size"),
+        (lambda: make()(**batch(), mask=torch.ones(2, 8, 8)), ValueError, r"mask: a bool tensor \(N, 1, H, W\)"),
+        (lambda: make(logits_of=lambda output: [output])(**batch()), TypeError, r"return logits, got list; say with logits_of"),
+        (lambda: make().load_state_dict({"iteration": 3}), ValueError, r"a dict without generator, meta_optimizer"),
+    ],
+)
+def test_errors_name_expected_got_and_remedy(run, error, expected):
+    with pytest.raises(error, match=expected):
+        run()
+
+
+def test_the_meta_optimizer_must_own_the_temperature_net_alone():
+    student, net = Student(), MetaTemperatureNet(4)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"exactly the trainable parameters of labeler.temperature_net"):
+        BilevelCalibrationStep(student, SoftPseudoLabeler(net), optimizer=optimizer, meta_optimizer=optimizer)
+    with pytest.raises(TypeError, match=r"a torch.nn.Module to train, got NoneType; give the SoftPseudoLabeler"):
+        BilevelCalibrationStep(student, SoftPseudoLabeler(None), optimizer=optimizer, meta_optimizer=optimizer)

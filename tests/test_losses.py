@@ -1,0 +1,152 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dacal_addon import soft_cross_entropy
+from dacal_addon.losses import CrossEntropyAndGap, calibration_gap, cross_entropy
+from dacal_addon.pseudo_labels import one_hot
+
+seeds = st.integers(0, 10**6)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def logits(seed=0, shape=(2, 4, 5, 6)):
+    return 3 * torch.randn(shape, generator=generator(seed), dtype=torch.float64)
+
+
+def hard_label(seed=0, shape=(2, 5, 6)):
+    label = torch.randint(0, 4, shape, generator=generator(seed))
+    label[torch.rand(shape, generator=generator(seed + 1)) < 0.3] = 255
+    return label
+
+
+def weights(seed=0, shape=(2, 5, 6)):
+    return torch.rand(shape, generator=generator(seed), dtype=torch.float64)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds)
+def test_with_one_hot_labels_it_is_torchs_cross_entropy(seed):
+    z, label = logits(seed), hard_label(seed)
+    expected = F.cross_entropy(z, label, ignore_index=255)
+    np.testing.assert_allclose(soft_cross_entropy(z, one_hot(label, 4).double()), expected)
+    np.testing.assert_allclose(cross_entropy(z, label), expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds)
+def test_equals_a_loop_over_pixels(seed):
+    z, weight = logits(seed), weights(seed)
+    y = torch.softmax(logits(seed + 1), 1)
+    y[:, :, 0] = 0.0  # a row without labels
+    total, count = 0.0, 0
+    for n in range(2):
+        for i in range(5):
+            for j in range(6):
+                p = np.exp(z[n, :, i, j].numpy())
+                total += float(weight[n, i, j]) * -float((y[n, :, i, j].numpy() * np.log(p / p.sum())).sum())
+                count += int(y[n, :, i, j].sum() > 0)
+    assert count == 48
+    assert soft_cross_entropy(z, y, weight).item() == pytest.approx(total / count, rel=1e-12)
+
+
+def test_gradients_are_right_for_logits_labels_and_weights():
+    z, y, w = logits().requires_grad_(), torch.softmax(logits(1), 1).requires_grad_(), weights().requires_grad_()
+    assert torch.autograd.gradcheck(soft_cross_entropy, (z, y, w))
+
+
+def test_ignored_pixels_count_exactly_zero_even_with_infinite_logits():
+    z, label = logits(), hard_label()
+    reference = soft_cross_entropy(z, one_hot(label, 4).double())
+    spoilt = torch.where((label == 255).unsqueeze(1), torch.full_like(z, np.inf), z)
+    loss = soft_cross_entropy(spoilt, one_hot(label, 4).double())
+    assert float(loss) == float(reference)
+    nothing = torch.full_like(label, 255)
+    assert float(soft_cross_entropy(z, one_hot(nothing, 4).double())) == 0.0
+    assert float(cross_entropy(z, nothing)) == 0.0
+    assert float(calibration_gap(z, nothing)) == 0.0
+
+
+def test_weights_scale_the_loss_and_do_not_renormalise_it():
+    z, label, ones = logits(), hard_label(), torch.ones(2, 5, 6)
+    assert float(cross_entropy(z, label, 0.25 * ones)) == pytest.approx(0.25 * float(cross_entropy(z, label)))
+
+
+def test_half_precision_is_upcast():
+    z = torch.full((1, 4, 1, 1), 1.0).half()
+    assert soft_cross_entropy(z, torch.full((1, 4, 1, 1), 0.25).half()).dtype == torch.float32
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, st.integers(1, 20))
+def test_gap_equals_a_loop_over_pixels_and_bins(seed, n_bins):
+    z, label, weight = logits(seed), hard_label(seed), weights(seed)
+    p = torch.softmax(z, 1).numpy()
+    gap, mass = np.zeros(n_bins), np.zeros(n_bins)
+    centres = (np.arange(n_bins) + 0.5) / n_bins
+    for n, i, j in np.ndindex(2, 5, 6):
+        if label[n, i, j] == 255:
+            continue
+        confidence, right = p[n, :, i, j].max(), p[n, :, i, j].argmax() == int(label[n, i, j])
+        inside = np.clip(confidence, centres[0], centres[-1])
+        share = np.maximum(0, 1 - np.abs(inside - centres) * n_bins)  # hat functions around the centres
+        gap += float(weight[n, i, j]) * share * (confidence - right)
+        mass += float(weight[n, i, j]) * share
+    filled = mass > 0
+    expected = (gap[filled] ** 2 / mass[filled]).sum() / mass.sum()
+    assert calibration_gap(z, label, weight, n_bins=n_bins).item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_gap_has_the_gradient_of_finite_differences():
+    assert torch.autograd.gradcheck(lambda z: calibration_gap(z, hard_label()), (logits(3).requires_grad_(),))
+
+
+def test_gap_of_a_calibrated_predictor_vanishes_and_of_a_sharpened_one_does_not():
+    """Labels drawn from the predicted probabilities themselves."""
+    z = logits(5, (1, 4, 300, 300)) / 2
+    label = torch.multinomial(torch.softmax(z, 1)[0].flatten(1).T, 1, generator=generator(6)).view(1, 300, 300)
+    assert float(calibration_gap(z, label)) < 5e-4
+    assert float(calibration_gap(3 * z, label)) > 0.02
+
+
+def test_gap_descent_calibrates():
+    """One temperature, fitted on the gap alone, finds that the logits are three times too large."""
+    z = logits(5, (1, 4, 200, 200)) / 2
+    label = torch.multinomial(torch.softmax(z, 1)[0].flatten(1).T, 1, generator=generator(6)).view(1, 200, 200)
+    log_t = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([log_t], lr=0.05)
+    for _ in range(120):
+        optimizer.zero_grad()
+        calibration_gap(3 * z / log_t.exp(), label).backward()
+        optimizer.step()
+    assert float(log_t.exp().detach()) == pytest.approx(3.0, rel=0.1)
+
+
+def test_the_sum_is_the_sum():
+    z, label, weight = logits(), hard_label(), weights()
+    both = CrossEntropyAndGap(gap_weight=7.0, n_bins=9)(z, label, weight)
+    expected = cross_entropy(z, label, weight) + 7 * calibration_gap(z, label, weight, n_bins=9)
+    np.testing.assert_allclose(both, expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "expected"),
+    [
+        (lambda: soft_cross_entropy(logits(), hard_label()), ValueError, r"soft_label: a floating.*one_hot"),
+        (lambda: soft_cross_entropy(logits(), logits(0, (2, 4, 5, 7))), ValueError, r"\(2, 4, 5, 6\) like the logits, got"),
+        (lambda: soft_cross_entropy(logits(), logits(), torch.ones(2, 1, 5, 6)), ValueError, r"weight: .*\(2, 5, 6\)"),
+        (lambda: soft_cross_entropy(logits(), None), TypeError, r"got NoneType"),
+        (lambda: cross_entropy(logits(), hard_label(0, (2, 5, 7))), ValueError, r"label: an int64 tensor \(2, 5, 6\)"),
+        (lambda: calibration_gap(logits(), hard_label(), n_bins=0), ValueError, r"n_bins >= 1, got 0"),
+        (lambda: CrossEntropyAndGap(gap_weight=-1.0), ValueError, r"gap_weight >= 0"),
+    ],
+)
+def test_errors_name_expected_got_and_remedy(call, error, expected):
+    with pytest.raises(error, match=expected):
+        call()

@@ -1,0 +1,126 @@
+"""The package as users get it: names, files, wheel, README, examples."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dacal_addon
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(*arguments, cwd=ROOT, **options):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=str(cwd), check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
+    ).stdout  # fmt: skip
+
+
+def test_the_public_names_are_there():
+    for name in dacal_addon.__all__:
+        assert getattr(dacal_addon, name).__doc__, name
+    assert {
+        "MetaTemperatureNet", "SoftPseudoLabeler", "SoftPseudoLabels", "BilevelCalibrationStep",
+        "CalibrationStepResult", "hypergradient", "soft_cross_entropy",
+    } <= set(dacal_addon.__all__)  # fmt: skip
+    from dacal_addon.metrics import ece  # noqa: F401
+    from dacal_addon.mixing import class_mask, complement, cut_mask, mix  # noqa: F401
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.split(".")[0]
+
+
+def test_only_one_file_imports_higher_and_the_core_needs_nothing_but_its_dependencies():
+    core = {"torch", "numpy", "scipy", "higher"}
+    extras = {"matplotlib", "tqdm", "sklearn", "PIL"}
+    by_file = {
+        path.relative_to(ROOT / "dacal_addon").as_posix(): set(imports(path)) for path in ROOT.glob("dacal_addon/**/*.py")
+    }
+    assert [name for name, modules in by_file.items() if "higher" in modules] == ["engines/unroll.py"]
+    standard = {
+        "argparse", "contextlib", "copy", "json", "math", "pathlib", "platform", "random", "sys", "time", "types", "typing",
+    }  # fmt: skip
+    for name, modules in by_file.items():
+        allowed = core | standard | (extras if name.startswith("demo/") or name == "cli.py" else set())
+        assert modules <= allowed, name
+
+
+def test_importing_the_package_loads_neither_higher_nor_an_extra():
+    code = (
+        "import sys, dacal_addon.metrics; print([m for m in ('higher', 'matplotlib', 'tqdm', 'sklearn') if m in sys.modules])"
+    )
+    assert python("-c", code).strip() == "[]"
+
+
+def test_the_wheel_installs_into_an_empty_directory_and_imports_from_there(tmp_path):
+    python("-m", "build", "--no-isolation", "--outdir", tmp_path / "dist", ".")
+    (wheel,), (sdist,) = (tmp_path / "dist").glob("*.whl"), (tmp_path / "dist").glob("*.tar.gz")
+    assert wheel.name == f"dacal_addon-{dacal_addon.__version__}-py3-none-any.whl"
+    assert re.fullmatch(rf"dacal.addon-{dacal_addon.__version__}\.tar\.gz", sdist.name)
+    target = tmp_path / "empty"
+    python("-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check", "--target", target, wheel)
+    code = (
+        f"import sys; sys.path.insert(0, {str(target)!r})\n"
+        "import dacal_addon, dacal_addon.engines.unroll, dacal_addon.demo.run\n"
+        "print(dacal_addon.__file__)\n"
+        "import torch; print(float(dacal_addon.MetaTemperatureNet(3)(torch.zeros(1, 3, 4, 4)).mean().detach()))"
+    )
+    where, temperature = python("-c", code, cwd=tmp_path).split()
+    assert Path(where).parent == target / "dacal_addon"
+    assert temperature == "1.0"
+    assert (target / "dacal_addon" / "py.typed").exists()
+    assert not (target / "tests").exists()
+
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_loop_runs_and_is_twenty_lines():
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    lines = [line for line in block.splitlines() if line.strip() and not line.strip().startswith("#")]
+    assert len(lines) <= 24  # twenty and the imports
+    setting = """
+import torch, torch.nn as nn, torch.nn.functional as F
+torch.manual_seed(0)
+student, teacher = nn.Conv2d(3, 19, 1), nn.Conv2d(3, 19, 1)
+optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+loader = [(torch.rand(2, 3, 16, 16), torch.randint(0, 19, (2, 16, 16)), torch.rand(2, 3, 16, 16))] * 3
+updates = []
+update_teacher = lambda teacher, student: updates.append(1)
+"""
+    scope = {}
+    before = dacal_addon.MetaTemperatureNet(19).last.weight
+    exec(setting + block.replace("warmup=1000", "warmup=1"), scope)
+    assert len(scope["updates"]) == 3
+    assert not (scope["temperature_net"].last.weight == before).all()
+
+
+def test_every_make_target_and_file_that_the_readme_names_exists():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z-]+)", README))
+    assert {"demo", "test"} <= named <= targets
+    for path in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"python (\S+\.py)", README):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("labels", ["dacal", "hard"])
+def test_the_plain_loop_runs(labels):
+    output = python("examples/plain_loop.py", "--iters", "8", "--batch", "2", "--labels", labels)
+    assert re.search(r"target mIoU \d+\.\d %\ntarget ECE +\d+\.\d\d %", output)
+    assert ("outer loss" in output) == (labels == "dacal") or labels == "dacal"
+
+
+def test_the_benchmark_of_the_temperature_net_runs():
+    output = python("benchmarks/temperature_net.py", "--size", "32", "--runs", "2")
+    assert re.search(r"MetaTemperatureNet .*\d %", output)

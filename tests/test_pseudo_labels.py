@@ -1,0 +1,120 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import softmax
+
+from dacal_addon import MetaTemperatureNet, SoftPseudoLabeler
+from dacal_addon.pseudo_labels import confidence_weight, one_hot, soft_label
+
+
+def logits(seed=0, shape=(2, 5, 6, 7), scale=4.0):
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.05, 20.0))
+def test_soft_label_is_the_softmax_of_divided_logits(seed, temperature):
+    z = logits(seed)
+    t = torch.full((2, 1, 6, 7), temperature, dtype=torch.float64)
+    np.testing.assert_allclose(soft_label(z, t).numpy(), softmax(z.numpy() / temperature, axis=1), rtol=1e-12, atol=1e-300)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6))
+def test_a_higher_temperature_never_makes_a_pixel_surer(seed):
+    z = logits(seed)
+    t = logits(seed + 1, (2, 1, 6, 7), 0.5).exp()
+    sharper, softer = soft_label(z, t).amax(1), soft_label(z, 1.5 * t).amax(1)
+    assert bool((softer <= sharper).all())
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.2, 1.0))
+def test_weights_follow_daformer(seed, threshold):
+    """Written after the description of DAFormer's trainer: the share of pixels above the threshold, the same everywhere."""
+    z = logits(seed)
+    confident = softmax(z.numpy(), axis=1).max(1) >= threshold
+    np.testing.assert_allclose(confidence_weight(z, threshold=threshold).numpy(), np.full((2, 6, 7), confident.mean()))
+    np.testing.assert_array_equal(confidence_weight(z, mode="threshold", threshold=threshold).numpy(), confident)
+    assert bool((confidence_weight(z, mode="none", threshold=threshold) == 1).all())
+
+
+def trained_net():
+    net = MetaTemperatureNet(5)
+    torch.nn.init.constant_(net.last.weight, 0.2)
+    return net.double()
+
+
+def test_labels_are_consistent_with_each_other():
+    labels = SoftPseudoLabeler(trained_net(), weight="none")(logits())
+    assert labels.temperature.detach().std() > 0
+    assert labels.pseudo_label.dtype == torch.int64
+    assert torch.equal(labels.soft_label.argmax(1), labels.pseudo_label)
+    np.testing.assert_allclose(labels.soft_label.detach().sum(1), np.ones((2, 6, 7)), rtol=1e-12)
+    np.testing.assert_allclose(
+        labels.soft_label.detach().numpy(), softmax((logits() / labels.temperature.detach()).numpy(), axis=1), rtol=1e-12
+    )
+
+
+def test_only_soft_label_and_temperature_depend_on_the_temperature_net():
+    net = trained_net()
+    labels = SoftPseudoLabeler(net, threshold=0.9)(logits())
+    assert not labels.weight.requires_grad
+    assert not labels.pseudo_label.requires_grad
+    (grad,) = torch.autograd.grad(labels.soft_label.pow(2).sum(), [net.last.weight])
+    assert float(grad.abs().sum()) > 0
+    plain = SoftPseudoLabeler(None, threshold=0.9)(logits())
+    assert torch.equal(plain.weight, labels.weight)
+    assert bool((plain.temperature == 1).all())
+
+
+def test_ignored_rows_and_padding_have_weight_zero_and_nothing_else():
+    valid = torch.ones(2, 6, 7, dtype=torch.bool)
+    valid[1, :, 5:] = False
+    weight = SoftPseudoLabeler(None, weight="none", ignore_top=1, ignore_bottom=2)(logits(), valid=valid).weight
+    expected = np.ones((2, 6, 7))
+    expected[:, 0] = expected[:, 4:] = expected[1, :, 5:] = 0
+    np.testing.assert_array_equal(weight.numpy(), expected)
+
+
+@pytest.mark.parametrize("rows", [6, 60])
+def test_ignoring_all_rows_leaves_no_weight(rows):
+    assert float(SoftPseudoLabeler(None, weight="none", ignore_bottom=rows)(logits()).weight.sum()) == 0
+    assert float(SoftPseudoLabeler(None, weight="none", ignore_top=rows)(logits()).weight.sum()) == 0
+
+
+def test_half_precision_logits_give_full_precision_labels():
+    z = torch.full((1, 150, 1, 1), 3.0).half()
+    labels = SoftPseudoLabeler(None)(z)
+    assert labels.soft_label.dtype == torch.float32
+    assert float(labels.soft_label.sum()) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_one_hot_writes_zeros_for_ignored_pixels():
+    label = torch.tensor([[[0, 2, 255]]])
+    assert one_hot(label, 3)[0, :, 0].T.tolist() == [[1, 0, 0], [0, 0, 1], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "expected"),
+    [
+        (lambda: SoftPseudoLabeler(None, weight="share"), ValueError, r"weight to be one of 'ratio', 'threshold', 'none'"),
+        (lambda: SoftPseudoLabeler(None, threshold=1.5), ValueError, r"expected threshold in \[0, 1\], got 1.5"),
+        (lambda: SoftPseudoLabeler(None, ignore_top=-1), ValueError, r"ignore_top >= 0 rows, got -1"),
+        (lambda: SoftPseudoLabeler(None)(torch.zeros(5, 6, 7)), ValueError, r"got float32 \(5, 6, 7\)"),
+        (lambda: SoftPseudoLabeler(None)([1.0]), TypeError, r"got list"),
+        (lambda: SoftPseudoLabeler(None)(logits(), valid=torch.ones(2, 6, 7)), ValueError, r"valid: a bool tensor \(2, 6, 7\)"),
+        (lambda: soft_label(logits(), torch.ones(2, 6, 7)), ValueError, r"temperature: a floating tensor \(2, 1, 6, 7\)"),
+        (lambda: one_hot(torch.tensor([[[7]]]), 3), ValueError, r"classes 0..2 or ignore_index=255, got the value 7"),
+        (
+            lambda: one_hot(torch.zeros(1, 1, 1), 3),
+            ValueError,
+            r"int64 tensor .*got float32 \(1, 1, 1\); convert it with .long",
+        ),
+    ],
+)
+def test_errors_name_expected_got_and_remedy(call, error, expected):
+    with pytest.raises(error, match=expected):
+        call()
