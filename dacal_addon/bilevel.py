@@ -184,8 +184,8 @@ class BilevelCalibrationStep:
         generator = generator if generator is not None else self._generator
         if mask is None:
             mask = class_mask(source_label, generator=generator, ignore_index=self.ignore_index)
-        # The temperature used is kept for the log; a fresh call inside the closure would hide it.
-        labels = self._labels(teacher_logits, teacher_features, valid)
+        with torch.enable_grad():
+            labels = self.labeler(teacher_logits, features=teacher_features, valid=valid)
         batch = DomainBatch(
             source_image, source_label, target_image, labels.pseudo_label, labels.weight, mask, self.ignore_index
         )
@@ -254,10 +254,6 @@ class BilevelCalibrationStep:
     def _skipped(self, reason: str) -> CalibrationStepResult:
         nan = float("nan")
         return CalibrationStepResult(nan, nan, nan, nan, nan, nan, self.engine, reason)
-
-    def _labels(self, teacher_logits: Tensor, features: Optional[Tensor], valid: Optional[Tensor]) -> Any:
-        with torch.enable_grad():
-            return self.labeler(teacher_logits, features=features, valid=valid)
 
     def _logits(self, f: Student, image: Tensor) -> Tensor:
         output = f(image)

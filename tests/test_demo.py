@@ -81,7 +81,9 @@ def test_an_unknown_benchmark_is_named():
 
 
 def tiny(**changes):
-    return self_training.Recipe(source_iterations=2, iterations=3, batch=2, meta_warmup=1, meta_every=1)._replace(**changes)
+    return self_training.Recipe(
+        source_iterations=2, iterations=3, batch=2, meta_warmup=1, meta_every=1, threshold=0.1
+    )._replace(**changes)
 
 
 def test_all_methods_see_the_same_images_and_masks(dataset, monkeypatch):

@@ -121,6 +121,7 @@ def test_the_plain_loop_runs(labels):
     assert ("outer loss" in output) == (labels == "dacal") or labels == "dacal"
 
 
-def test_the_benchmark_of_the_temperature_net_runs():
-    output = python("benchmarks/temperature_net.py", "--size", "32", "--runs", "2")
-    assert re.search(r"MetaTemperatureNet .*\d %", output)
+def test_the_benchmark_of_the_pieces_runs():
+    output = python("benchmarks/costs.py", "--size", "32", "--runs", "1")
+    assert re.search(r"student forward +\d+\.\d +1\.00\n", output)
+    assert re.search(r"meta-step, engine higher +\d+\.\d +\d+\.\d\d +\d+\.\d\n", output)

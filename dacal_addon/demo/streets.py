@@ -312,24 +312,24 @@ _TARGET_TEXTURE = np.array([0.16, 0.22, 0.24, 0.16, 0.10, 0.10, 0.40, 0.08, 0.20
 def target_look(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """A dashboard camera's look: dull, textured, unevenly lit, soft, noisy. Returns (3, HEIGHT, WIDTH) float32 in 0..1."""
     shape = scene.label.shape
-    # How far a class drifts differs from picture to picture, as weather and materials do. In a fifth of them it drifts the
+    # How far a class drifts differs from picture to picture, as weather and materials do. In an eighth of them it drifts the
     # whole way, so that a network which goes by colour is surely wrong there; only the surroundings tell otherwise.
     classes = (len(CLASS_NAMES), 1)
-    drift = np.where(rng.random(classes) < 1 / 5, rng.uniform(0.9, 1.1, classes), rng.uniform(0.0, 0.4, classes))
+    drift = np.where(rng.random(classes) < 1 / 8, rng.uniform(0.9, 1.1, classes), rng.uniform(0.0, 0.4, classes))
     drift = drift.astype(np.float32)[scene.label]
     picture = scene.albedo + drift * (_TARGET_COLOUR[scene.label] - scene.albedo)
     grain = 0.6 * _noise(shape, (48, 96), rng) + 0.4 * _noise(shape, (14, 28), rng)
     picture = picture * (1 + _TARGET_TEXTURE[scene.label] * grain)[..., None]
     grey = picture.mean(2, keepdims=True)
-    picture = grey + rng.uniform(0.6, 0.9) * (picture - grey)
+    picture = grey + rng.uniform(0.55, 0.85) * (picture - grey)
     # Low sun from one side and clouds over the street: illumination falls off across the picture.
-    angle, fall = rng.uniform(0, 2 * np.pi), rng.uniform(0.10, 0.25)
+    angle, fall = rng.uniform(0, 2 * np.pi), rng.uniform(0.12, 0.28)
     rows, columns = np.linspace(-1, 1, shape[0])[:, None], np.linspace(-1, 1, shape[1])[None, :]
     light = 1 + fall * (np.cos(angle) * columns + np.sin(angle) * rows) / 1.4 + 0.05 * _noise(shape, (2, 4), rng)
     picture = picture * light[..., None].astype(np.float32)
     image = _develop(0.06 + 0.82 * picture * rng.uniform(0.9, 1.1))
     image = ndimage.gaussian_filter(image, (0, *[rng.uniform(0.3, 0.7)] * 2))
-    image = image + rng.normal(0, rng.uniform(0.003, 0.009), image.shape)
+    image = image + rng.normal(0, rng.uniform(0.004, 0.012), image.shape)
     return np.asarray(np.clip(image, 0, 1).astype(np.float32))
 
 

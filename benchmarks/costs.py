@@ -1,0 +1,142 @@
+"""What each piece costs: time as a multiple of one student forward pass, peak memory over that of a plain training step.
+
+    python benchmarks/costs.py            # two minutes on two cores
+    python benchmarks/costs.py --device cuda
+
+All pieces run in turn in one process, and the medians of their ratios to the forward pass beside them are printed, so that a
+machine that slows down in between slows down both. Memory is taken in a fresh process each. The student has an encoder
+shaped like ResNet-18; real hosts' students (MiT-B5, ResNet-101) are several times larger, and the temperature net's share is
+smaller by as much.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Callable, Dict, List
+
+import torch
+import torch.nn.functional as F
+from networks import ResidualSegmenter
+
+from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler
+from dacal_addon.mixing import class_mask, mix
+
+CLASSES = 19
+
+
+def pieces(size: int, device: torch.device) -> Dict[str, Callable[[], object]]:
+    """Name -> the work, on one image of `size` x `size` of each domain."""
+    g = torch.Generator().manual_seed(0)
+    image = torch.rand(1, 3, size, size, generator=g).to(device)
+    # Labels in blocks, as objects are; uniform noise would be the worst case for class_mask and nothing like it.
+    label = torch.randint(0, CLASSES, (1, 1, 8, 8), generator=g).float()
+    label = F.interpolate(label, size=(size, size)).long()[:, 0].to(device)
+    logits = torch.randn(1, CLASSES, size, size, generator=g).to(device)
+    student = ResidualSegmenter(CLASSES).to(device)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
+    net = MetaTemperatureNet(CLASSES).to(device)
+    rich_net = MetaTemperatureNet(CLASSES, feature_channels=student.feature_channels).to(device)
+    labeler = SoftPseudoLabeler(net)
+    calibrate = BilevelCalibrationStep(
+        student,
+        labeler,
+        optimizer=optimizer,
+        meta_optimizer=torch.optim.Adam(net.parameters(), lr=3e-4),
+        warmup=0,
+    )
+    with torch.no_grad():
+        features = student.features(image)
+
+    def without_grad(work: Callable[[], object]) -> Callable[[], object]:
+        def run() -> object:
+            with torch.no_grad():
+                return work()
+
+        return run
+
+    def plain_step() -> None:
+        optimizer.zero_grad()
+        size_ = (size, size)
+        F.cross_entropy(F.interpolate(student(image), size=size_, mode="bilinear", align_corners=False), label).backward()
+        optimizer.step()
+
+    return {
+        "student forward": without_grad(lambda: student(image)),
+        "plain training step": plain_step,
+        "MetaTemperatureNet": without_grad(lambda: net(logits)),
+        "MetaTemperatureNet, with features": without_grad(lambda: rich_net(logits, features)),
+        "SoftPseudoLabeler, all of it": without_grad(lambda: labeler(logits)),
+        "class_mask": lambda: class_mask(label, generator=g),
+        "mix, soft labels": lambda: mix(label.unsqueeze(1) > 9, label, logits),
+        "meta-step, engine higher": lambda: calibrate(image, label, image, logits),
+    }
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begun = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begun
+
+
+def resident_bytes(field: str) -> int:
+    """Of this process, from Linux: "VmRSS" now, "VmHWM" at its highest. (getrusage's maximum starts at the parent's.)"""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"resident_bytes: expected {field} in /proc/self/status, got none; run on Linux or with --device cuda")
+
+
+def peak_bytes(name: str, size: int, device: torch.device) -> int:
+    """Peak memory of this process while it runs one piece three times, above what was held before the first."""
+    work = pieces(size, device)[name]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+    else:
+        held = resident_bytes("VmRSS")
+    for _ in range(3):
+        work()
+    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes("VmHWM")) - held
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--size", type=int, default=512, help="height and width of the image")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if options.peak_of:
+        print(peak_bytes(options.peak_of, options.size, device))
+        return
+
+    works = pieces(options.size, device)
+    times: Dict[str, List[float]] = {name: [] for name in works}
+    for run in range(options.runs + 1):
+        for name, work in works.items():
+            elapsed = seconds(work, device)
+            if run:  # the first one warms up
+                times[name].append(elapsed)
+    arguments = [sys.executable, __file__, "--size", str(options.size), "--device", options.device, "--peak-of"]
+    peaks = {
+        name: int(subprocess.run([*arguments, name], check=True, stdout=subprocess.PIPE).stdout)
+        for name in ("plain training step", "meta-step, engine higher")
+    }
+    print(f"{CLASSES} x {options.size} x {options.size}, torch {torch.__version__}, {device}")
+    print(f"{'':<36}{'ms':>8}{'student forwards':>19}{'memory / plain step':>22}")
+    for name, own in times.items():
+        ratio = statistics.median(a / b for a, b in zip(own, times["student forward"]))
+        memory = f"{peaks[name] / peaks['plain training step']:.1f}" if name in peaks else ""
+        print(f"{name:<36}{1000 * statistics.median(own):8.1f}{ratio:19.2f}{memory:>22}")
+
+
+if __name__ == "__main__":
+    main()
