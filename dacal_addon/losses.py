@@ -115,7 +115,7 @@ class CrossEntropyAndGap:
     """Outer loss: cross-entropy plus `gap_weight` times the calibration gap.
 
     Cross-entropy alone gains accuracy and some calibration, the gap alone calibrates at the cost of accuracy; the weight
-    chooses between them (design notes in benchmarks/README.md).
+    chooses between them.
 
     Example:
         >>> logits, label = torch.zeros(1, 2, 1, 2), torch.tensor([[[0, 0]]])

@@ -326,10 +326,12 @@ def test_optimizer_may_own_more_than_the_student_and_state_may_be_partial():
 
 
 def test_momentum_switched_on_after_the_first_step():
-    """torch 2 leaves `momentum_buffer: None` in the state of plain SGD."""
+    """torch 1.12 to 2.2 leave `momentum_buffer: None` in the state of plain SGD."""
     student = Student()
     net, inner, outer = problem()
     optimizer = with_history(OPTIMIZERS["SGD"], student)
+    for parameter in student.parameters():
+        optimizer.state[parameter] = {"momentum_buffer": None}
     for group in optimizer.param_groups:
         group["momentum"] = 0.9
     torch.manual_seed(0)
@@ -358,7 +360,7 @@ def test_fused_attention_is_replaced_by_one_with_a_second_derivative():
             self.qkv = nn.Linear(4, 12).double()
 
         def forward(self, x):
-            q, k, v = self.qkv(x).chunk(3, -1)
+            q, k, v = self.qkv(x).unsqueeze(1).chunk(3, -1)  # one head; without the dimension torch takes the plain kernel
             return F.scaled_dot_product_attention(q, k, v)
 
     student, omega = Attention(), torch.ones(1, dtype=torch.float64, requires_grad=True)

@@ -79,6 +79,10 @@ def test_ignored_rows_and_padding_have_weight_zero_and_nothing_else():
     np.testing.assert_array_equal(weight.numpy(), expected)
 
 
+def test_no_rows_are_ignored_by_default():
+    assert bool((SoftPseudoLabeler(None, weight="none")(logits()).weight == 1).all())
+
+
 @pytest.mark.parametrize("rows", [6, 60])
 def test_ignoring_all_rows_leaves_no_weight(rows):
     assert float(SoftPseudoLabeler(None, weight="none", ignore_bottom=rows)(logits()).weight.sum()) == 0

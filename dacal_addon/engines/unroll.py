@@ -128,7 +128,7 @@ def _differentiable(optimizer: torch.optim.Optimizer, student: nn.Module, copy: 
     twin = _OPTIMIZERS[type(optimizer)](view, student.parameters(), fmodel=copy)
     for group_state in twin.state:
         for state in group_state.values():
-            if state.get("momentum_buffer", state) is None:  # torch 2 keeps the key while there is no momentum
+            if state.get("momentum_buffer", state) is None:  # torch 1.12 to 2.2, without momentum
                 del state["momentum_buffer"]
             if isinstance(state.get("step"), Tensor):
                 # torch 2 counts in a float32 tensor but corrects the bias in double precision; beta ** tensor would be
