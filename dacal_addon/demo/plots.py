@@ -10,7 +10,7 @@ from .. import metrics
 from .datasets import Dataset
 
 # Okabe & Ito's colours, which people with any colour vision tell apart.
-_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"
+_BLUE, _SKY, _ORANGE, _GREY = "#0072B2", "#56B4E9", "#D55E00", "#666666"
 _STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -59,12 +59,18 @@ def plot_reliability(logits: Dict[str, Tensor], label: Tensor, path: Path) -> No
             accuracy, confidence = np.nan_to_num(table.accuracy.numpy()), table.confidence.numpy()
             width, filled = upper - lower, table.pixels.numpy() > 0
             top, bottom = axes[0, column], axes[1, column]
-            top.bar(lower, accuracy, width, align="edge", color=_BLUE, edgecolor="white", linewidth=0.4, label="accuracy")
-            gap = np.where(filled, np.nan_to_num(confidence) - accuracy, 0.0)
             top.bar(
-                lower, gap, width, bottom=accuracy, align="edge", color=_ORANGE, alpha=0.45, edgecolor=_ORANGE,
-                linewidth=0.4, hatch="///", label="gap to confidence",
-            )  # fmt: skip
+                lower, accuracy, width, align="edge", color=_BLUE, edgecolor="white", linewidth=0.4, label="accuracy in the bin"
+            )
+            gap = np.where(filled, np.nan_to_num(confidence) - accuracy, 0.0)
+            for name, part, colour in (
+                ("overconfidence", np.clip(gap, 0, None), _ORANGE),
+                ("underconfidence", np.clip(gap, None, 0), _SKY),
+            ):
+                top.bar(
+                    lower, part, width, bottom=accuracy, align="edge", color=colour, edgecolor="white", linewidth=0.4,
+                    alpha=0.75, hatch="////", label=name,
+                )  # fmt: skip
             top.plot([0, 1], [0, 1], color=_GREY, linewidth=0.9, linestyle="--", label="perfectly calibrated")
             ece = metrics.ece(z, label, input="logits")
             top.set_title(title)
@@ -79,11 +85,11 @@ def plot_reliability(logits: Dict[str, Tensor], label: Tensor, path: Path) -> No
                 edgecolor="white",
                 linewidth=0.4,
             )
-            bottom.set(xlabel="confidence", ylim=(0, 1))
+            bottom.set(xlabel="confidence", ylim=(0, 1), xticks=[0, 0.5, 1], xticklabels=["0", "0.5", "1"])
         axes[0, 0].set_ylabel("accuracy")
         axes[1, 0].set_ylabel("share of\npixels")
         handles, names = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=3)
+        figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=len(names))
         _save(figure, path)
 
 
@@ -99,8 +105,10 @@ def plot_temperature(image: Tensor, label: Tensor, logits: Tensor, temperature: 
     from matplotlib.colors import ListedColormap, TwoSlopeNorm
 
     log_t = temperature.double().log2().numpy()[:, 0]
-    # The middle of the scale is T = 1, neither sharpened nor softened; its ends are the 1st and the 99th percentile.
-    low, high = min(float(np.quantile(log_t, 0.01)), -0.05), max(float(np.quantile(log_t, 0.99)), 0.05)
+    # The middle of the scale is T = 1, neither sharpened nor softened; its ends are the 1st and the 99th percentile,
+    # neither side shorter than a quarter of the other, so that nearly nothing does not look like much.
+    low, high = (float(np.quantile(log_t, q)) for q in (0.01, 0.99))
+    low, high = min(low, -high / 4, -0.05), max(high, -low / 4, 0.05)
     height, width = image.shape[-2:]
     with _styled():
         figure, axes = _figure(len(image), 3, (9.0, 0.3 + 3.0 * len(image) * height / width))
@@ -112,7 +120,7 @@ def plot_temperature(image: Tensor, label: Tensor, logits: Tensor, temperature: 
             for column in (1, 2):
                 axes[row, column].imshow(0.5 + 0.5 * grey)
             axes[row, 1].imshow(np.ma.masked_where(~wrong, wrong), cmap=ListedColormap([_ORANGE]), interpolation="nearest")
-            shown = axes[row, 2].imshow(log_t[row], cmap="PuOr_r", norm=TwoSlopeNorm(0.0, low, high), alpha=0.8)
+            shown = axes[row, 2].imshow(log_t[row], cmap="PuOr_r", norm=TwoSlopeNorm(0.0, low, high), alpha=0.65)
         for column, title in enumerate(("target image", "where the prediction is wrong", "temperature of its label")):
             axes[0, column].set_title(title)
         _bare(axes)
