@@ -1,4 +1,4 @@
-"""What each piece costs: time as a multiple of one student forward pass, peak memory over that of a plain training step.
+"""What each piece costs: time in student forward passes, and the peak memory of training with the meta-step over without.
 
     python benchmarks/costs.py            # two minutes on two cores
     python benchmarks/costs.py --device cuda
@@ -94,15 +94,12 @@ def resident_bytes(field: str) -> int:
 
 
 def peak_bytes(name: str, size: int, device: torch.device) -> int:
-    """Peak memory of this process while it runs one piece three times, above what was held before the first."""
-    work = pieces(size, device)[name]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
-    else:
-        held = resident_bytes("VmRSS")
+    """Peak memory of training (network, gradients, optimizer's state, activations) in this process, with one more piece."""
+    held = 0 if device.type == "cuda" else resident_bytes("VmRSS")
+    works = pieces(size, device)
     for _ in range(3):
-        work()
+        works["plain training step"]()
+        works[name]()
     return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes("VmHWM")) - held
 
 
@@ -131,11 +128,11 @@ def main() -> None:
         for name in ("plain training step", "meta-step, engine higher")
     }
     print(f"{CLASSES} x {options.size} x {options.size}, torch {torch.__version__}, {device}")
-    print(f"{'':<36}{'ms':>8}{'student forwards':>19}{'memory / plain step':>22}")
+    print(f"{'':<36}{'ms':>8}{'student forwards':>19}{'peak memory':>14}")
     for name, own in times.items():
         ratio = statistics.median(a / b for a, b in zip(own, times["student forward"]))
-        memory = f"{peaks[name] / peaks['plain training step']:.1f}" if name in peaks else ""
-        print(f"{name:<36}{1000 * statistics.median(own):8.1f}{ratio:19.2f}{memory:>22}")
+        memory = f"{peaks[name] / peaks['plain training step']:.1f} x" if name in peaks else ""
+        print(f"{name:<36}{1000 * statistics.median(own):8.1f}{ratio:19.2f}{memory:>14}")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,21 @@
 """The meta-step: learn the temperatures by looking one student update ahead."""
 
 import math
-from typing import Any, Callable, Dict, NamedTuple, Optional, Union
+from functools import partial
+from typing import Any, Callable, Dict, NamedTuple, Optional, Set, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._check import check_choice, check_classes, check_label, check_number, check_tensor, describe, problem
-from .engines import ENGINES, Student, hypergradient
+from .engines import ENGINES, Student, check_supported, hypergradient
 from .losses import CrossEntropyAndGap, cross_entropy, soft_cross_entropy
 from .mixing import class_mask, mix
 from .outer_sets import OUTER_SETS, DomainBatch, OuterSet
 from .pseudo_labels import SoftPseudoLabeler
 
-OUTER_LOSSES: Dict[str, Callable[..., Tensor]] = {
-    "cross_entropy": cross_entropy,
-    "cross_entropy_and_gap": CrossEntropyAndGap(),
-}
+OUTER_LOSSES = ("cross_entropy", "cross_entropy_and_gap")
 
 
 class CalibrationStepResult(NamedTuple):
@@ -117,7 +115,7 @@ class BilevelCalibrationStep:
         if isinstance(outer_set, str):
             check_choice(name, "outer_set", outer_set, tuple(OUTER_SETS))
         if isinstance(outer_loss, str):
-            check_choice(name, "outer_loss", outer_loss, tuple(OUTER_LOSSES))
+            check_choice(name, "outer_loss", outer_loss, OUTER_LOSSES)
         net = labeler.temperature_net
         if not isinstance(net, nn.Module):
             expected = "labeler.temperature_net: a torch.nn.Module to train"
@@ -125,21 +123,27 @@ class BilevelCalibrationStep:
             raise problem(name, expected=expected, got=describe(net), remedy=remedy, error=TypeError)
         self.temperature_net = net
         self._meta_parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-        owned = {id(parameter) for group in meta_optimizer.param_groups for parameter in group["params"]}
-        if owned != {id(parameter) for parameter in self._meta_parameters}:
+        owned = _owned(meta_optimizer)
+        if not {id(p) for p in self._meta_parameters} <= owned <= {id(p) for p in net.parameters()}:
             raise problem(
                 name,
-                expected="meta_optimizer to own exactly the trainable parameters of labeler.temperature_net",
+                expected="meta_optimizer to own the trainable parameters of labeler.temperature_net and no others",
                 got=f"{len(owned)} parameters that are not these {len(self._meta_parameters)}",
                 remedy="torch.optim.Adam(temperature_net.parameters(), lr=3e-4)",
             )
+        # Now, and not after a thousand iterations of warm-up.
+        check_supported(student, optimizer, engine=engine)
         self.student = student
         self.labeler = labeler
         self.optimizer = optimizer
         self.meta_optimizer = meta_optimizer
         self.engine = engine
         self.outer_set = OUTER_SETS[outer_set] if isinstance(outer_set, str) else outer_set
-        self.outer_loss = OUTER_LOSSES[outer_loss] if isinstance(outer_loss, str) else outer_loss
+        if outer_loss == "cross_entropy":
+            outer_loss = partial(cross_entropy, ignore_index=ignore_index)
+        elif outer_loss == "cross_entropy_and_gap":
+            outer_loss = CrossEntropyAndGap(ignore_index=ignore_index)
+        self.outer_loss: Callable[..., Tensor] = outer_loss  # type: ignore[assignment]  # no string is left
         self.inner_loss = inner_loss
         self.warmup = warmup
         self.every = every
@@ -176,7 +180,15 @@ class BilevelCalibrationStep:
             ValueError, TypeError: tensors that do not fit each other; nothing has changed then.
         """
         self._check_batch(source_image, source_label, target_image, teacher_logits)
+        if mask is not None:
+            mix(mask, source_label, source_label)  # for its checks
         reason = self._waiting()
+        if reason is not None and self.iteration:
+            self.iteration += 1
+            return self._skipped(reason)
+        with torch.enable_grad():
+            # At the first iteration also in the warm-up, so that features or padding that do not fit are found at once.
+            labels = self.labeler(teacher_logits, features=teacher_features, valid=valid)
         if reason is not None:
             self.iteration += 1
             return self._skipped(reason)
@@ -184,8 +196,6 @@ class BilevelCalibrationStep:
         generator = generator if generator is not None else self._generator
         if mask is None:
             mask = class_mask(source_label, generator=generator, ignore_index=self.ignore_index)
-        with torch.enable_grad():
-            labels = self.labeler(teacher_logits, features=teacher_features, valid=valid)
         batch = DomainBatch(
             source_image, source_label, target_image, labels.pseudo_label, labels.weight, mask, self.ignore_index
         )
@@ -210,6 +220,8 @@ class BilevelCalibrationStep:
             reason = f"outer loss is not finite: {before} before, {after} after the virtual step"
         elif not math.isfinite(norm):
             reason = "hypergradient is not finite"
+        elif norm == 0.0:  # Adam would move on by its momentum
+            reason = "hypergradient is zero: no target pixel has a weight in the inner mix, or no pixel is judged"
         else:
             self._update(result.grads)
         self.iteration += 1
@@ -294,3 +306,7 @@ class BilevelCalibrationStep:
         if z.dim() != 4 or (z.shape[0], *z.shape[-2:]) != (n, h, w):
             raise problem(name, expected=expected, got=describe(z), remedy="interpolate them to the size of the image")
         check_classes(name, "source_label", source_label, z.shape[1], self.ignore_index)
+
+
+def _owned(optimizer: torch.optim.Optimizer) -> Set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

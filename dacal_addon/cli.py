@@ -3,16 +3,19 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import List, Optional
+from typing import Callable, List, Optional
 
 from . import __version__
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number >= 1, got {value}")
-    return value
+def _at_least(low: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"expected a number >= {low}, got {value}")
+        return value
+
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -27,15 +30,15 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--dataset", choices=("streets", "digits"), default="streets", help="the benchmark")
-    demo.add_argument("--seed", type=int, default=0, help="of the data, the networks and the training")
-    demo.add_argument("--iters", type=_positive, help="iterations of each self-training run; default: the benchmark's own")
+    demo.add_argument("--seed", type=_at_least(0), default=0, help="of the data, the networks and the training")
+    demo.add_argument("--iters", type=_at_least(1), help="iterations of each self-training run; default: the benchmark's own")
     demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the table and the pictures")
     demo.add_argument("--device", default="cpu", help="a torch device, for example cuda")
     return parser
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    """Entry point; returns the exit code: 0, 1 for a missing extra or device, 2 for a wrong argument, 130 after Ctrl-C."""
+    """Entry point; returns the exit code: 1 without extra, device or folder, 2 for a wrong argument, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
     try:
         import matplotlib  # noqa: F401  # asked for now and not after five minutes of training
@@ -52,8 +55,13 @@ def main(arguments: Optional[List[str]] = None) -> int:
 
     try:
         device = torch.device(options.device)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises the latter
         print(f"dacal demo: no device {options.device!r} here: {error}", file=sys.stderr)
+        return 1
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"dacal demo: cannot write to {options.out}: {error}", file=sys.stderr)
         return 1
     return run(options.dataset, seed=options.seed, iterations=options.iters or 0, out=options.out, device=device)

@@ -42,7 +42,8 @@ def soft_cross_entropy(logits: Tensor, soft_label: Tensor, weight: Optional[Tens
         remedy = "make hard labels soft with one_hot, and interpolate the logits to the size of the labels"
         raise problem("soft_cross_entropy", expected=expected, got=describe(y), remedy=remedy)
     log_p = F.log_softmax(_at_least_float32(logits), dim=1)
-    loss = -(y * log_p).sum(1)
+    # A class masked out with -inf costs nothing where the label is 0 (0 * -inf would be NaN).
+    loss = -(y * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(1)
     labelled = (y.detach() > 0).any(1)
     return _mean_over(labelled, loss, _checked_weight("soft_cross_entropy", weight, loss))
 
@@ -151,5 +152,5 @@ def _checked_weight(function: str, weight: Optional[Tensor], like: Tensor) -> Op
 def _mean_over(counted: Tensor, loss: Tensor, weight: Optional[Tensor]) -> Tensor:
     if weight is not None:
         loss = loss * weight
-    # masked_fill and not a product: an infinite logit under an ignored pixel must not turn the mean into NaN.
+    # masked_fill and not a product: a NaN under an ignored pixel must not turn the mean into NaN.
     return loss.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)

@@ -158,23 +158,25 @@ def _pixels(function: str, x: Array, target: Array, input: str, ignore_index: in
     n, classes, height, width = scores.shape
     check_label(function, "target", labels, shape=(n, height, width))
     check_classes(function, "target", labels, classes, ignore_index)
+    # Rounding moves the sum of the probabilities by less than a relative error of each; a log-probability, at most about -10
+    # where it matters, is rounded more coarsely than the probability itself.
+    tolerance = max(1e-3, (2.0 if input == "probs" else 20.0) * torch.finfo(scores.dtype).eps)
     for image, label in zip(scores, labels):
         label = label.flatten().cpu()
         valid = label != ignore_index
         if not bool(valid.any()):  # torch 1.7 cannot take the maximum of nothing
             continue
         rows = image.flatten(1).T.cpu()[valid].double()
-        if input == "probs":
-            off = (rows.sum(1) - 1).abs()
-            # 1e-3 admits half precision, whose sums over 150 classes are off by that much.
-            if not bool((off < 1e-3).all()) or bool((rows < 0).any()):
-                got = "NaN" if bool(torch.isnan(rows).any()) else f"a sum of {1 + float(off.max()):.4g} or a negative value"
-                expected = "probabilities >= 0 that sum to 1 over C"
-                raise problem(function, expected=expected, got=got, remedy="pass input='logits' if they are logits")
-            log_p = rows.log()
-        else:
-            if not bool(torch.isfinite(rows).all()) and (input == "logits" or bool(torch.isnan(rows).any())):
+        if input == "logits":
+            if not bool(torch.isfinite(rows).all()):
                 remedy = "look for a division by zero or an overflow in the network"
                 raise problem(function, expected="finite values", got="NaN or infinity", remedy=remedy)
-            log_p = torch.log_softmax(rows, 1) if input == "logits" else rows
-        yield log_p, label[valid]
+            yield torch.log_softmax(rows, 1), label[valid]
+            continue
+        p = rows if input == "probs" else rows.exp()
+        off = (p.sum(1) - 1).abs()
+        if not bool((off <= tolerance).all()) or bool((p < 0).any()):
+            got = "NaN" if bool(torch.isnan(p).any()) else f"sums off by up to {float(off.max()):.3g}, or a negative value"
+            expected = f"{input} whose probabilities are >= 0 and sum to 1 over C"
+            raise problem(function, expected=expected, got=got, remedy="pass input='logits' if they are logits")
+        yield (rows.log() if input == "probs" else rows), label[valid]

@@ -1,7 +1,7 @@
 """Outer sets: the images and labels on which the virtually updated student is judged.
 
 An outer set is any function `(DomainBatch, *, generator) -> OuterBatch`; the three here are built in. What it should look
-like is the open question of the method: `benchmarks/` compares them.
+like is the open question of the method.
 """
 
 from typing import Callable, Dict, NamedTuple

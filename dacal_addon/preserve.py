@@ -1,4 +1,4 @@
-"""Leave the host as it was: the random states and training flags that a meta-step must put back."""
+"""Leave the host as it was: the random states, buffers and training flags that a meta-step must put back."""
 
 import random
 from contextlib import contextmanager
@@ -32,7 +32,9 @@ class RandomStates:
 
 @contextmanager
 def preserved(student: nn.Module) -> Iterator[RandomStates]:
-    """Inside, draw random numbers and flip training flags at will; afterwards both are as before, also after an error.
+    """Inside, draw random numbers, flip training flags and run the student; afterwards all is as before, also after an error.
+
+    Restored: the global random states, the student's training flags and its buffers (BatchNorm's statistics).
 
     Yields the random states at the start, so that several passes can `restore()` them and draw the same dropout masks.
 
@@ -49,9 +51,14 @@ def preserved(student: nn.Module) -> Iterator[RandomStates]:
     devices = {parameter.device for parameter in student.parameters() if parameter.is_cuda}
     states = RandomStates(sorted(devices, key=str))
     flags = [(module, module.training) for module in student.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in student.buffers()]
     try:
         yield states
     finally:
         states.restore()
         for module, training in flags:
             module.training = training
+        for buffer, value in buffers:
+            # Through .data, which does not count as a change: a graph of the host that saved the buffer would refuse to run
+            # backward, though every bit is as it was.
+            buffer.data.copy_(value)

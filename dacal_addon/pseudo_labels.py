@@ -156,7 +156,7 @@ class SoftPseudoLabeler:
             temperature = self.temperature_net(z, features)
         weight = confidence_weight(z, mode=self.weight, threshold=self.threshold)
         weight[:, : self.ignore_top] = 0.0
-        weight[:, weight.shape[1] - self.ignore_bottom :] = 0.0
+        weight[:, max(0, weight.shape[1] - self.ignore_bottom) :] = 0.0
         if valid is not None:
             expected = f"a bool tensor {tuple(weight.shape)}, False on padding"
             mask = check_tensor("SoftPseudoLabeler", "valid", valid, expected=expected, remedy="pass a bool tensor")

@@ -37,6 +37,7 @@ def temperature_features(logits: Tensor) -> Tensor:
     check_logits("temperature_features", "logits", logits)
     z = logits.detach()
     log_p = F.log_softmax(z if z.dtype == torch.float64 else z.float(), dim=1)
+    log_p = log_p.clamp(min=torch.finfo(log_p.dtype).min)  # a class masked out with -inf: 0 * log 0 is 0 below, not NaN
     p = log_p.exp()
     # The two largest in one sweep over the classes: topk takes ten times as long for a dozen classes (measured, CPU).
     first, second = torch.max(p[:, 0], p[:, 1]), torch.min(p[:, 0], p[:, 1])
@@ -145,7 +146,7 @@ class MetaTemperatureNet(nn.Module):
         self.max_ratio = float(max_ratio)
         # The layers draw their default weights from the global random state; the fork hides that from the host.
         with torch.random.fork_rng(devices=[]):
-            reduced = hidden_channels // 2 if feature_channels else 0
+            reduced = max(1, hidden_channels // 2) if feature_channels else 0
             self.reduce = nn.Conv2d(feature_channels, reduced, 1) if feature_channels else None
             self.layers = nn.ModuleList(
                 [

@@ -68,6 +68,7 @@ def main() -> None:
     )
     # DA-Cal: end
 
+    print_every = max(1, options.iters // 8)
     for iteration in range(options.iters):
         source_image, source_label = pictures(options.batch, "source", generator)
         target_image, _ = pictures(options.batch, "target", generator)
@@ -78,7 +79,7 @@ def main() -> None:
         # DA-Cal: what to call at every iteration
         if options.labels == "dacal":
             result = calibrate(source_image, source_label, target_image, teacher_logits, mask=mask)
-            if result.skipped is None and iteration % 50 == 0:
+            if result.skipped is None and iteration % print_every == 0:
                 print(
                     f"iteration {iteration}: T {result.temperature_min:.2f}..{result.temperature_max:.2f}, "
                     f"outer loss {result.outer_loss_before:.4f} -> {result.outer_loss_after:.4f}"

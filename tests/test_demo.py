@@ -150,6 +150,7 @@ def test_the_command_prints_the_table_and_writes_table_and_pictures(small_demo, 
     report = json.loads((out / "results.json").read_text())
     assert [row["method"] for row in report["rows"]] == list(self_training.METHODS)
     assert (report["dataset"], report["seed"], report["recipe"]["iterations"]) == ("digits", 1, 20)
+    assert f"source-only has {100 * report['source_only_on_source']['miou']:.1f} mIoU" in printed
     for row in report["rows"]:
         assert all(0 <= row[name] <= 1 for name in ("miou", "accuracy", "confidence", "ece"))
         assert f"{100 * row['ece']:8.2f}{row['nll']:8.3f}" in printed
@@ -185,7 +186,9 @@ def test_ctrl_c_at_once_writes_nothing(tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [["demo", "--iters", "0"], ["demo", "--dataset", "gta"], [], ["train"]])
+@pytest.mark.parametrize(
+    "arguments", [["demo", "--iters", "0"], ["demo", "--seed", "-1"], ["demo", "--dataset", "gta"], [], ["train"]]
+)
 def test_wrong_arguments_end_with_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(arguments)
@@ -197,6 +200,12 @@ def test_a_missing_device_is_named_before_anything_is_trained(tmp_path, capsys):
     assert cli.main(["demo", "--device", "cuda:99", "--out", str(tmp_path / "x")]) == 1
     assert "no device 'cuda:99' here" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["demo", "--out", str(tmp_path / "file")]) == 1
+    assert "cannot write to" in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_named(capsys, monkeypatch):

@@ -313,6 +313,40 @@ def test_every_pass_draws_the_same_dropout_masks_and_starts_from_the_live_buffer
     assert float(spy.passes) == 0
 
 
+def test_a_closure_that_runs_the_live_student_leaves_its_buffers_alone():
+    student = Student()
+    net, inner, outer = problem()
+    optimizer = with_history(OPTIMIZERS["SGD"], student)
+    image = randn(2, 3, 8, 8, seed=1)
+    pending = student(image).sum()  # the host has a graph that is still to run backward
+    before = snapshot(student, optimizer, net)
+
+    def consistent(f):
+        return inner(f) + 0.1 * (f(image) - student(image).detach()).pow(2).mean()
+
+    hypergradient(student, consistent, outer, list(net.parameters()), optimizer=optimizer)
+    assert_same(before, snapshot(student, optimizer, net))
+    pending.backward()
+
+
+def test_what_modules_note_down_stays_with_the_copy():
+    class Noting(Student):
+        def __init__(self):
+            super().__init__()
+            self.seen, self.by_name = [], {}
+
+        def forward(self, image):
+            logits = super().forward(image)
+            self.seen.append(logits)
+            self.by_name["logits"] = logits
+            return logits
+
+    student = Noting()
+    net, inner, outer = problem()
+    hypergradient(student, inner, outer, list(net.parameters()), optimizer=OPTIMIZERS["SGD"](student.parameters()))
+    assert (student.seen, student.by_name) == ([], {})
+
+
 def test_optimizer_may_own_more_than_the_student_and_state_may_be_partial():
     student, extra = Student(), nn.Linear(2, 2).double()
     net, inner, outer = problem()
@@ -400,6 +434,18 @@ def hooked():
     return student
 
 
+def hooked_parameter():
+    student = nn.Sequential(nn.Linear(1, 1)).double()
+    student[0].weight.register_hook(lambda grad: 2 * grad)
+    return student
+
+
+def compiled_inside():
+    student = nn.Sequential(nn.Linear(1, 1)).double()
+    student[0]._compiled_call_impl = student[0]._call_impl  # what student[0].compile() sets
+    return student
+
+
 def overridden():
     student = nn.Sequential(nn.Linear(1, 1)).double()
     student[0].forward = lambda x: x
@@ -427,7 +473,9 @@ class Compiled(nn.Linear):
             ValueError,
             r"unwrapped student, got DataParallel; pass student.module",
         ),
-        (lambda: {"student": Compiled(1, 1).double()}, ValueError, r"uncompiled student.*pass student._orig_mod"),
+        (lambda: {"student": Compiled(1, 1).double()}, ValueError, r"uncompiled student, got a compiled module '\(root\)'"),
+        (lambda: {"student": compiled_inside()}, ValueError, r"uncompiled student, got a compiled module '0'"),
+        (lambda: {"student": hooked_parameter()}, ValueError, r"without hooks.*got a hook on module '0' \(Linear\)"),
         (lambda: {"student": hooked()}, ValueError, r"without hooks.*got a hook on module '0' \(Linear\)"),
         (lambda: {"student": overridden()}, ValueError, r"got a forward set on module '0'"),
         (lambda: {"optimizer": torch.optim.RMSprop}, TypeError, r"SGD, torch.optim.Adam, .*RMSprop; train"),

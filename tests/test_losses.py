@@ -73,6 +73,17 @@ def test_ignored_pixels_count_exactly_zero_even_with_infinite_logits():
     assert float(calibration_gap(z, nothing)) == 0.0
 
 
+def test_a_class_masked_out_costs_nothing_where_it_is_not_the_label():
+    z, label = logits(), hard_label()
+    z[:, 1] = -np.inf
+    label[label == 1] = 255
+    z.requires_grad_()
+    loss = soft_cross_entropy(z, one_hot(label, 4).double())
+    np.testing.assert_allclose(loss.item(), F.cross_entropy(z.detach(), label, ignore_index=255).item(), rtol=1e-12)
+    (grad,) = torch.autograd.grad(loss, z)
+    assert bool(torch.isfinite(grad).all())
+
+
 def test_weights_scale_the_loss_and_do_not_renormalise_it():
     z, label, ones = logits(), hard_label(), torch.ones(2, 5, 6)
     assert float(cross_entropy(z, label, 0.25 * ones)) == pytest.approx(0.25 * float(cross_entropy(z, label)))

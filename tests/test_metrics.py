@@ -127,6 +127,14 @@ def test_half_precision_is_upcast_first(dtype):
     assert metrics.ece(z, target, input="logits") == pytest.approx(brute_ece(p, y, 15), abs=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["probs", "log_probs"])
+def test_rounded_probabilities_are_accepted(dtype, kind):
+    z, target = predictions(0, (2, 150, 20, 20), dtype=torch.float32)
+    x = (torch.softmax(z, 1) if kind == "probs" else torch.log_softmax(z, 1)).to(dtype)
+    assert metrics.ece(x, target, input=kind) == pytest.approx(metrics.ece(z, target, input="logits"), abs=0.02)
+
+
 def test_nothing_valid_gives_nan():
     z, target = predictions()
     for metric in (metrics.ece, metrics.nll, metrics.accuracy, metrics.miou, metrics.mean_confidence):
@@ -149,6 +157,7 @@ def spoilt(value):
     [
         (lambda: metrics.ece(*predictions(), input="logit"), ValueError, r"input to be one of 'logits', 'probs', 'log_probs'"),
         (lambda: metrics.ece(*predictions(), input="probs"), ValueError, r"sum to 1 over C, got .*pass input='logits'"),
+        (lambda: metrics.ece(*predictions(), input="log_probs"), ValueError, r"log_probs whose .* sums off by"),
         (lambda: metrics.ece(*spoilt(math.nan), input="logits"), ValueError, r"finite values, got NaN or infinity"),
         (lambda: metrics.ece(*spoilt(math.inf), input="logits"), ValueError, r"finite values, got NaN or infinity"),
         (lambda: metrics.ece(torch.softmax(spoilt(math.nan)[0], 1), spoilt(0)[1], input="probs"), ValueError, r"got NaN"),

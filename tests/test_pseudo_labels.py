@@ -83,7 +83,7 @@ def test_no_rows_are_ignored_by_default():
     assert bool((SoftPseudoLabeler(None, weight="none")(logits()).weight == 1).all())
 
 
-@pytest.mark.parametrize("rows", [6, 60])
+@pytest.mark.parametrize("rows", [6, 8, 60])
 def test_ignoring_all_rows_leaves_no_weight(rows):
     assert float(SoftPseudoLabeler(None, weight="none", ignore_bottom=rows)(logits()).weight.sum()) == 0
     assert float(SoftPseudoLabeler(None, weight="none", ignore_top=rows)(logits()).weight.sum()) == 0

@@ -105,6 +105,20 @@ def test_gradient_reaches_the_net_and_nothing_else():
     assert float(net.last.weight.grad.abs().sum()) > 0
 
 
+def test_a_class_masked_out_is_no_trouble():
+    z = logits()
+    z[:, 1] = -np.inf
+    features = temperature_features(z)
+    assert bool(torch.isfinite(features).all())
+    without = temperature_features(torch.cat([z[:, :1], z[:, 2:]], 1))
+    np.testing.assert_allclose(features[:, 5], without[:, 4], rtol=1e-5, atol=1e-6)
+
+
+def test_the_narrowest_net_works():
+    net = MetaTemperatureNet(5, feature_channels=6, hidden_channels=1)
+    assert net(logits(), logits(1, (2, 6, 3, 4))).shape == (2, 1, 6, 7)
+
+
 def test_building_leaves_the_global_random_state_alone_and_is_reproducible():
     before = torch.get_rng_state()
     first, second = MetaTemperatureNet(5), MetaTemperatureNet(5)

@@ -33,7 +33,8 @@ def load_material(split: str) -> Material:
     from sklearn.datasets import load_digits, load_sample_images
 
     data = load_digits()
-    # The file is ordered by writer (UCI "optdigits"): a cut keeps the writers of the test split unseen.
+    # The file is ordered by writer (UCI "optdigits"): a cut keeps the writers of the test split unseen, but for the one whom
+    # it cuts through.
     cut = 1300
     chosen = slice(None, cut) if split == "train" else slice(cut, None)
     photographs = []

@@ -33,10 +33,8 @@ def run(dataset_name: str, *, seed: int, iterations: int, out: Path, device: tor
             source_iterations=max(1, round(share * recipe.source_iterations)),
             meta_warmup=round(share * recipe.meta_warmup),
         )
-    out.mkdir(parents=True, exist_ok=True)
     finished: Dict[str, _Finished] = {}
-    begun, interrupted = time.perf_counter(), False
-    dataset = None
+    begun, interrupted, dataset = time.perf_counter(), False, None
     try:
         dataset = load_dataset(dataset_name, seed=seed)
         start = train_start(dataset, recipe, seed=seed, device=device)
@@ -44,19 +42,22 @@ def run(dataset_name: str, *, seed: int, iterations: int, out: Path, device: tor
             trained = train(method, start, dataset, recipe, seed=seed, device=device)
             logits = predict(trained.student, dataset.target_test.image, device=device)
             finished[method] = _Finished(trained, logits, score(logits, dataset.target_test.label))
+            seconds = time.perf_counter() - begun
+            _write_table(out, dataset, finished, recipe, seed=seed, seconds=seconds, device=device)
     except KeyboardInterrupt:
         interrupted = True
-    if interrupted:
         left = ", ".join(TITLES[method] for method in METHODS if method not in finished)
         print(f"\ndacal demo: interrupted. Not finished: {left}.", file=sys.stderr)
     if dataset is None or not finished:
         print(f"dacal demo: nothing was finished; nothing was written to {out}.", file=sys.stderr)
         return 130
-    rows = {method: one.scores for method, one in finished.items()}
     print(f"\n{dataset_name}, target test images, seed {seed}, {recipe.iterations} iterations\n")
-    print(table(rows))
-    written = _write(out, dataset, finished, recipe, seed=seed, seconds=time.perf_counter() - begun, device=device)
-    print(f"\nWritten to {out}: {', '.join(written)}")
+    print(table({method: one.scores for method, one in finished.items()}))
+    at_home = _source_scores(dataset, finished, device)
+    lost = 100 * (at_home.miou - finished["source-only"].scores.miou)
+    print(f"\nOn source test images source-only has {100 * at_home.miou:.1f} mIoU: it loses {lost:.1f} points on the target.")
+    written = ["results.json", *_write_pictures(out, dataset, finished, recipe, device=device)]
+    print(f"Written to {out}: {', '.join(written)}")
     return 130 if interrupted else 0
 
 
@@ -77,7 +78,13 @@ def table(rows: Dict[str, Scores]) -> str:
     return "\n".join(lines)
 
 
-def _write(
+def _source_scores(dataset: Dataset, finished: Dict[str, _Finished], device: torch.device) -> Scores:
+    """The source-only student on the source's own test images: what the domain gap costs is measured from there."""
+    logits = predict(finished["source-only"].trained.student, dataset.source_test.image, device=device)
+    return score(logits, dataset.source_test.label)
+
+
+def _write_table(
     out: Path,
     dataset: Dataset,
     finished: Dict[str, _Finished],
@@ -86,8 +93,8 @@ def _write(
     seed: int,
     seconds: float,
     device: torch.device,
-) -> List[str]:
-    """Table and pictures of what is finished; returns the names of the files."""
+) -> None:
+    """`results.json` with what is finished so far."""
     report: Dict[str, Any] = {
         "dataset": dataset.name,
         "seed": seed,
@@ -97,17 +104,24 @@ def _write(
         "rows": [
             {"method": method, **one.scores._asdict(), "seconds": one.trained.seconds} for method, one in finished.items()
         ],
+        "source_only_on_source": _source_scores(dataset, finished, device)._asdict(),
         "seconds": seconds,
         "device": str(device),
         "versions": {"dacal_addon": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     (out / "results.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _write_pictures(
+    out: Path, dataset: Dataset, finished: Dict[str, _Finished], recipe: Recipe, *, device: torch.device
+) -> List[str]:
+    """The pictures of what is finished; returns the names of their files."""
     image, label = dataset.target_test
     plots.plot_reliability({TITLES[method]: one.logits for method, one in finished.items()}, label, out / "reliability.png")
     chosen = list(plots.pick_images(label, 4))
     predictions = {TITLES[method]: one.logits[chosen].argmax(1) for method, one in finished.items()}
     plots.plot_predictions(dataset, image[chosen], label[chosen], predictions, out / "predictions.png")
-    names = ["results.json", "reliability.png", "predictions.png"]
+    names = ["reliability.png", "predictions.png"]
     if "dacal" in finished:
         logits = finished["dacal"].logits[chosen]
         temperature = _temperature(finished["dacal"].trained, image[chosen], recipe, device)

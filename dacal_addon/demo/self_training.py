@@ -3,10 +3,12 @@
 DACS (Tranheden et al., WACV 2021) with DAFormer's pixel weights, at the size of a two-core machine. All methods start from one
 network trained on the source alone, and see the same images, augmentations and masks: each purpose has a random stream of
 its own, so that results can be compared in pairs. (In a prototype a changed stream alone moved mIoU by 7 points.)
+The teacher keeps its dropout, which DAFormer switches off.
 """
 
 import copy
 import time
+from contextlib import contextmanager
 from typing import Any, Dict, Iterator, NamedTuple, Optional
 
 import torch
@@ -146,7 +148,7 @@ def train_start(dataset: Dataset, recipe: Recipe, *, seed: int, device: torch.de
     optimizer = _optimizer(student, recipe)
     begun = time.perf_counter()
     batches = _batches(dataset, recipe, seed=2 * seed, device=device)
-    with _deterministic(seed), Progress("source, common start", recipe.source_iterations) as progress:
+    with _seeded(seed), Progress("source, common start", recipe.source_iterations) as progress:
         for _, batch in zip(range(recipe.source_iterations), batches):
             optimizer.zero_grad()
             loss = F.cross_entropy(student(batch.source_strong), batch.source_label)
@@ -181,7 +183,7 @@ def train(method: str, start: Start, dataset: Dataset, recipe: Recipe, *, seed: 
         )
     begun = time.perf_counter()
     batches = _batches(dataset, recipe, seed=2 * seed + 1, device=device)
-    with _deterministic(seed), Progress(TITLES[method], recipe.iterations) as progress:
+    with _seeded(seed), Progress(TITLES[method], recipe.iterations) as progress:
         for _, batch in zip(range(recipe.iterations), batches):
             mask = class_mask(batch.source_label, generator=batch.generator)
             optimizer.zero_grad()
@@ -247,17 +249,9 @@ def score(logits: Tensor, label: Tensor) -> Scores:
     )
 
 
-class _deterministic:
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
     """Dropout draws from the global random state: seed it for a run, put it back afterwards."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._fork: Any = None
-
-    def __enter__(self) -> None:
-        self._fork = torch.random.fork_rng()
-        self._fork.__enter__()
-        torch.manual_seed(self._seed)
-
-    def __exit__(self, *error: Any) -> None:
-        self._fork.__exit__(*error)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

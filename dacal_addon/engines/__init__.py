@@ -40,8 +40,9 @@ def hypergradient(
     update rule of `optimizer` with its present settings and state; returned is d outer_loss(theta'(omega)) / d omega.
 
     The live student (parameters, buffers, `.grad`, training flags), the optimizer's state, `.grad` of the meta parameters
-    and the global random states of torch, numpy and python are bit for bit as before, also when a closure raises. All
-    passes start from the same random state, so that dropout draws the same masks in each, and from the live buffers.
+    and the global random states of torch, numpy and python are bit for bit as before, also when a closure raises or calls
+    the live student. All passes start from the same random state, so that dropout draws the same masks in each, and from
+    the live buffers.
 
     Args:
         student: the network; parameters may be frozen (`requires_grad=False`).
@@ -54,9 +55,9 @@ def hypergradient(
         engine: "higher" unrolls the step with the `higher` library; exact.
 
     Raises:
-        TypeError: a closure that does not return a tensor, a meta parameter that is none.
-        ValueError: an unknown engine, a loss that is not a scalar, a student or optimizer that the engine would
-            differentiate wrongly, an `inner_loss` that does not depend on the meta parameters.
+        TypeError: a closure that does not return a tensor, a meta parameter that is none, an optimizer of another kind.
+        ValueError: an unknown engine, a loss that is not a scalar, a student or a setting of the optimizer that the engine
+            would differentiate wrongly, an `inner_loss` that does not depend on the meta parameters.
 
     Example (minimise w^2 / 2 after one step of size 1/2 on the inner loss (w - omega)^2 / 2, from w = 1 and omega = 3:
     w' = w - (w - omega) / 2 = 2, and the hypergradient is w' * dw'/domega = 2 * 1/2):
@@ -86,9 +87,19 @@ def hypergradient(
     if not meta_parameters:
         remedy = "pass list(temperature_net.parameters())"
         raise problem("hypergradient", expected="at least one meta parameter", got="none", remedy=remedy)
+    check_supported(student, optimizer, engine=engine)
     from .unroll import unroll  # here and not above: who never takes a meta-step need not import `higher`
 
     return unroll(student, inner_loss, outer_loss, meta_parameters, optimizer)
+
+
+def check_supported(student: nn.Module, optimizer: torch.optim.Optimizer, *, engine: str) -> None:
+    """Raise what `hypergradient` would, if `engine` cannot differentiate this student or this optimizer rightly."""
+    check_choice("hypergradient", "engine", engine, ENGINES)
+    from .unroll import refuse_optimizer, refuse_student
+
+    refuse_student(student)
+    refuse_optimizer(optimizer, student)
 
 
 def scalar(name: str, loss: object) -> Tensor:

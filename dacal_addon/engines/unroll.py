@@ -71,10 +71,8 @@ def unroll(
     optimizer: torch.optim.Optimizer,
 ) -> Hypergradient:
     """`hypergradient` by unrolling; see there."""
-    _refuse_student(student)
-    _refuse_optimizer(optimizer)
     with preserved(student) as states, torch.enable_grad(), _twice_differentiable_attention():
-        copy = higher.patch.monkeypatch(student)
+        copy = _stateless_copy(student)
         live = list(copy.parameters())
         virtual_optimizer = _differentiable(optimizer, student, copy)
 
@@ -107,6 +105,17 @@ def unroll(
     return Hypergradient(tuple(filled), before, after.detach())
 
 
+def _stateless_copy(student: nn.Module) -> Any:
+    """`higher`'s functional copy of the student."""
+    copy = higher.patch.monkeypatch(student)
+    for module in copy.modules():
+        for name, value in vars(module).items():
+            # `higher` shares these with the live modules: one that logs into a list would keep the unrolled graph alive.
+            if type(value) in (list, dict, set) and not name.startswith("_"):
+                vars(module)[name] = value.copy()
+    return copy
+
+
 def _rewind(student: nn.Module, copy: Any, states: Any) -> None:
     """Before the next pass: the random numbers and buffers with which the first one began."""
     states.restore()
@@ -137,7 +146,7 @@ def _differentiable(optimizer: torch.optim.Optimizer, student: nn.Module, copy: 
     return twin
 
 
-def _refuse_student(student: nn.Module) -> None:
+def refuse_student(student: nn.Module) -> None:
     """Students for which `higher` fails late or, worse, gives another network's gradient."""
     if not isinstance(student, nn.Module):
         remedy = "pass the network itself"
@@ -147,12 +156,13 @@ def _refuse_student(student: nn.Module) -> None:
     if isinstance(student, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         got = type(student).__name__
         raise problem("hypergradient", expected="an unwrapped student", got=got, remedy="pass student.module")
-    if hasattr(student, "_orig_mod"):
-        remedy = "pass student._orig_mod, the module that was compiled"
-        raise problem("hypergradient", expected="an uncompiled student", got=type(student).__name__, remedy=remedy)
     for name, module in student.named_modules():
         where = f"module {name or '(root)'!r} ({type(module).__name__})"
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            remedy = "compile after the meta-step, or pass the module that was compiled (its _orig_mod)"
+            raise problem("hypergradient", expected="an uncompiled student", got=f"a compiled {where}", remedy=remedy)
+        hooks = [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks]
+        hooks += [parameter._backward_hooks for parameter in module.parameters(recurse=False)]
         if any(hooks):
             raise problem(
                 "hypergradient",
@@ -169,7 +179,7 @@ def _refuse_student(student: nn.Module) -> None:
             )
 
 
-def _refuse_optimizer(optimizer: torch.optim.Optimizer) -> None:
+def refuse_optimizer(optimizer: torch.optim.Optimizer, student: nn.Module) -> None:
     """Optimizers whose update rule is not known here, to the letter."""
     if type(optimizer) not in _OPTIMIZERS:
         raise problem(
@@ -179,6 +189,10 @@ def _refuse_optimizer(optimizer: torch.optim.Optimizer) -> None:
             remedy="train the student with one of these",
             error=TypeError,
         )
+    ours = {id(parameter) for parameter in student.parameters()}
+    if not any(id(parameter) in ours for group in optimizer.param_groups for parameter in group["params"]):
+        remedy = "pass the optimizer that trains the student"
+        raise problem("hypergradient", expected="an optimizer of the student's parameters", got="none of them", remedy=remedy)
     for i, group in enumerate(optimizer.param_groups):
         if group.get("maximize", False):
             raise problem(
@@ -190,9 +204,11 @@ def _refuse_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _twice_differentiable_attention() -> "AbstractContextManager[Any]":
-    """The fused attention kernels have no second derivative; the plain one has. Older torch has no other."""
+    """The fused attention kernels have no second derivative; the plain one has."""
+    if not hasattr(nn.functional, "scaled_dot_product_attention"):  # torch < 2 has no fused kernel
+        return nullcontext()
     try:
         from torch.nn.attention import SDPBackend, sdpa_kernel
-    except ImportError:
-        return nullcontext()
+    except ImportError:  # torch 2.0 to 2.2
+        return torch.backends.cuda.sdp_kernel(enable_flash=False, enable_math=True, enable_mem_efficient=False)
     return sdpa_kernel(SDPBackend.MATH)
