@@ -132,7 +132,7 @@ def main() -> None:
     for name, own in times.items():
         ratio = statistics.median(a / b for a, b in zip(own, times["student forward"]))
         memory = f"{peaks[name] / peaks['plain training step']:.1f} x" if name in peaks else ""
-        print(f"{name:<36}{1000 * statistics.median(own):8.1f}{ratio:19.2f}{memory:>14}")
+        print(f"{name:<36}{1000 * statistics.median(own):8.1f}{ratio:19.2f}{memory:>14}".rstrip())
 
 
 if __name__ == "__main__":

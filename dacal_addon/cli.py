@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Callable, List, Optional
 
@@ -41,11 +42,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
     """Entry point; returns the exit code: 1 without extra, device or folder, 2 for a wrong argument, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
     try:
-        import matplotlib  # noqa: F401  # asked for now and not after five minutes of training
-
-        if options.dataset == "digits":
-            import PIL  # noqa: F401
-            import sklearn  # noqa: F401
+        # Asked for now and not after five minutes of training.
+        for name in ["matplotlib", *(["PIL", "sklearn"] if options.dataset == "digits" else [])]:
+            import_module(name)
     except ImportError as error:
         print(f"dacal demo: {error.name} is not installed; pip install 'dacal-addon[demo]'", file=sys.stderr)
         return 1

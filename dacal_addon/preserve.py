@@ -18,7 +18,7 @@ class RandomStates:
     def __init__(self, devices: List[torch.device]) -> None:
         self._cpu: Tensor = torch.get_rng_state()
         self._cuda: Dict[torch.device, Tensor] = {device: torch.cuda.get_rng_state(device) for device in devices}
-        self._numpy = np.random.get_state()  # noqa: NPY002  # what is preserved is the legacy state
+        self._numpy = np.random.get_state()  # noqa: NPY002  # the legacy state is what is to be preserved
         self._python = random.getstate()
 
     def restore(self) -> None:
@@ -26,7 +26,7 @@ class RandomStates:
         torch.set_rng_state(self._cpu)
         for device, state in self._cuda.items():
             torch.cuda.set_rng_state(state, device)
-        np.random.set_state(self._numpy)  # noqa: NPY002
+        np.random.set_state(self._numpy)  # noqa: NPY002  # likewise
         random.setstate(self._python)
 
 

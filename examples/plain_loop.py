@@ -1,10 +1,11 @@
 """A whole self-training loop in plain PyTorch, with DA-Cal wrapped around it.
 
     python examples/plain_loop.py                   # about a minute on two cores
-    python examples/plain_loop.py --labels hard     # the same loop without DA-Cal, to compare
+    python examples/plain_loop.py --labels hard     # the same loop without DA-Cal
 
-Everything between the two marks is what DA-Cal adds to a loop that was there before. The data are small procedural pictures:
-discs on a background, bright on the source and dim on the target.
+It shows how to wrap a loop; how much that helps is what `dacal demo` and `benchmarks/` are for. Everything between the marks
+is what DA-Cal adds to a loop that was there before. The data are small procedural pictures: discs on a background, bright on
+the source and dim on the target.
 """
 
 import argparse
@@ -58,7 +59,7 @@ def main() -> None:
 
     # DA-Cal: what to set up once
     temperature_net = MetaTemperatureNet(CLASSES)
-    labeler = SoftPseudoLabeler(temperature_net)
+    labeler = SoftPseudoLabeler(temperature_net, threshold=0.8)  # 0.968 is for students that train for 40,000 iterations
     calibrate = BilevelCalibrationStep(
         student,
         labeler,
@@ -79,11 +80,12 @@ def main() -> None:
         # DA-Cal: what to call at every iteration
         if options.labels == "dacal":
             result = calibrate(source_image, source_label, target_image, teacher_logits, mask=mask)
-            if result.skipped is None and iteration % print_every == 0:
-                print(
-                    f"iteration {iteration}: T {result.temperature_min:.2f}..{result.temperature_max:.2f}, "
+            if iteration % print_every == 0:
+                done = (
+                    f"T {result.temperature_min:.2f}..{result.temperature_max:.2f}, "
                     f"outer loss {result.outer_loss_before:.4f} -> {result.outer_loss_after:.4f}"
                 )
+                print(f"iteration {iteration}: {result.skipped or done}")
         # DA-Cal: end
 
         with torch.no_grad():

@@ -302,7 +302,10 @@ def test_every_pass_draws_the_same_dropout_masks_and_starts_from_the_live_buffer
 
     spy = Spy()
     optimizer = torch.optim.SGD(spy.parameters(), lr=1e-3)
-    loss = lambda f: (f(image) * omega).pow(2).sum()  # noqa: E731
+
+    def loss(f):
+        return (f(image) * omega).pow(2).sum()
+
     hypergradient(spy, loss, loss, [omega], optimizer=optimizer)
     assert len(seen) == 3
     assert bool(seen[0].any())

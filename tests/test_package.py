@@ -1,6 +1,7 @@
 """The package as users get it: names, files, wheel, README, examples."""
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -27,8 +28,8 @@ def test_the_public_names_are_there():
         "MetaTemperatureNet", "SoftPseudoLabeler", "SoftPseudoLabels", "BilevelCalibrationStep",
         "CalibrationStepResult", "hypergradient", "soft_cross_entropy",
     } <= set(dacal_addon.__all__)  # fmt: skip
-    from dacal_addon.metrics import ece  # noqa: F401
-    from dacal_addon.mixing import class_mask, complement, cut_mask, mix  # noqa: F401
+    for module, names in (("metrics", ["ece"]), ("mixing", ["class_mask", "cut_mask", "complement", "mix"])):
+        assert all(callable(getattr(importlib.import_module(f"dacal_addon.{module}"), name)) for name in names)
 
 
 def imports(path):
@@ -46,17 +47,16 @@ def test_only_one_file_imports_higher_and_the_core_needs_nothing_but_its_depende
         path.relative_to(ROOT / "dacal_addon").as_posix(): set(imports(path)) for path in ROOT.glob("dacal_addon/**/*.py")
     }
     assert [name for name, modules in by_file.items() if "higher" in modules] == ["engines/unroll.py"]
-    standard = {
-        "argparse", "contextlib", "copy", "json", "math", "pathlib", "platform", "random", "sys", "time", "types", "typing",
-    }  # fmt: skip
     for name, modules in by_file.items():
-        allowed = core | standard | (extras if name.startswith("demo/") or name == "cli.py" else set())
-        assert modules <= allowed, name
+        installed = {module for module in modules if "site-packages" in str(importlib.util.find_spec(module).origin)}
+        assert installed <= core | (extras if name.startswith("demo/") or name == "cli.py" else set()), name
 
 
 def test_importing_the_package_loads_neither_higher_nor_an_extra():
     code = (
-        "import sys, dacal_addon.metrics; print([m for m in ('higher', 'matplotlib', 'tqdm', 'sklearn') if m in sys.modules])"
+        "import sys, torch; before = set(sys.modules)  # torch itself takes tqdm where there is one\n"
+        "import dacal_addon.metrics; new = set(sys.modules) - before\n"
+        "print([m for m in ('higher', 'matplotlib', 'tqdm', 'sklearn') if m in new])"
     )
     assert python("-c", code).strip() == "[]"
 
@@ -92,6 +92,7 @@ def test_the_readmes_loop_runs_and_is_twenty_lines():
 import torch, torch.nn as nn, torch.nn.functional as F
 torch.manual_seed(0)
 device, student, teacher = "cpu", nn.Conv2d(3, 19, 1), nn.Conv2d(3, 19, 1)
+teacher.weight.data *= 100  # confident, so that its labels have weight
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
 loader = [(torch.rand(2, 3, 16, 16), torch.randint(0, 19, (2, 16, 16)), torch.rand(2, 3, 16, 16))] * 3
 updates = []
@@ -116,12 +117,13 @@ def test_every_make_target_and_file_that_the_readme_names_exists():
 
 @pytest.mark.parametrize("labels", ["dacal", "hard"])
 def test_the_plain_loop_runs(labels):
-    output = python("examples/plain_loop.py", "--iters", "8", "--batch", "2", "--labels", labels)
+    output = python("examples/plain_loop.py", "--iters", "80", "--batch", "2", "--labels", labels)
     assert re.search(r"target mIoU \d+\.\d %\ntarget ECE +\d+\.\d\d %", output)
-    assert output.count("outer loss") == (6 if labels == "dacal" else 0)  # 8 iterations, 2 of warm-up
+    assert ("iteration 0: warm-up: iteration 1 of 20\n" in output) == (labels == "dacal")
+    assert ("iteration 70: T " in output) == (labels == "dacal")
 
 
 def test_the_benchmark_of_the_pieces_runs():
-    output = python("benchmarks/costs.py", "--size", "32", "--runs", "1")
+    output = python("benchmarks/costs.py", "--size", "64", "--runs", "1")
     assert re.search(r"student forward +\d+\.\d +1\.00\n", output)
     assert re.search(r"meta-step, engine higher +\d+\.\d +\d+\.\d\d +\d+\.\d x\n", output)
