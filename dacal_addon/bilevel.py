@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import Any, Callable, Dict, NamedTuple, Optional, Set, Union
+from typing import Any, Callable, Dict, NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -123,7 +123,7 @@ class BilevelCalibrationStep:
             raise problem(name, expected=expected, got=describe(net), remedy=remedy, error=TypeError)
         self.temperature_net = net
         self._meta_parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-        owned = _owned(meta_optimizer)
+        owned = {id(parameter) for group in meta_optimizer.param_groups for parameter in group["params"]}
         if not {id(p) for p in self._meta_parameters} <= owned <= {id(p) for p in net.parameters()}:
             raise problem(
                 name,
@@ -306,7 +306,3 @@ class BilevelCalibrationStep:
         if z.dim() != 4 or (z.shape[0], *z.shape[-2:]) != (n, h, w):
             raise problem(name, expected=expected, got=describe(z), remedy="interpolate them to the size of the image")
         check_classes(name, "source_label", source_label, z.shape[1], self.ignore_index)
-
-
-def _owned(optimizer: torch.optim.Optimizer) -> Set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

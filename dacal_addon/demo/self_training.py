@@ -74,7 +74,6 @@ class Scores(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    source_image: Tensor
     source_label: Tensor
     target_image: Tensor
     source_strong: Tensor
@@ -121,7 +120,6 @@ def _batches(dataset: Dataset, recipe: Recipe, *, seed: int, device: torch.devic
         source_image, source_label = draw(dataset.source_train)
         target_image, _ = draw(dataset.target_train)
         yield _Batch(
-            source_image.to(device),
             source_label.to(device),
             target_image.to(device),
             _augment(source_image, looks).to(device),
