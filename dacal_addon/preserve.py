@@ -51,14 +51,20 @@ def preserved(student: nn.Module) -> Iterator[RandomStates]:
     devices = {parameter.device for parameter in student.parameters() if parameter.is_cuda}
     states = RandomStates(sorted(devices, key=str))
     flags = [(module, module.training) for module in student.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in student.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in student.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     try:
         yield states
     finally:
         states.restore()
         for module, training in flags:
             module.training = training
-        for buffer, value in buffers:
+        for module, name, buffer, value in buffers:
+            if getattr(module, name) is not buffer:  # torch 1.7's BatchNorm counts its batches by a new tensor each time
+                setattr(module, name, buffer)
             # Through .data, which does not count as a change: a graph of the host that saved the buffer would refuse to run
             # backward, though every bit is as it was.
             buffer.data.copy_(value)
