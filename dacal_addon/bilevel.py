@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._check import check_choice, check_classes, check_label, check_number, check_tensor, describe, problem
-from .engines import ENGINES, Student, check_supported, hypergradient
+from .engines import Student, check_supported, hypergradient
 from .losses import CrossEntropyAndGap, cross_entropy, soft_cross_entropy
 from .mixing import class_mask, mix
 from .outer_sets import OUTER_SETS, DomainBatch, OuterSet
@@ -50,7 +50,7 @@ class BilevelCalibrationStep:
         labeler: its `temperature_net` is what is trained.
         optimizer: the student's own; only read (see `hypergradient`).
         meta_optimizer: owns the parameters of `labeler.temperature_net`, and nothing else. Adam with a learning rate of
-            about 3e-4 is a good start; at 1e-3 temperatures ran to their bounds.
+            about 3e-4 is a good start; a larger one only drives temperatures to their bounds sooner.
         engine: see `hypergradient`.
         outer_set: what the outer loss sees, one of "source_and_target_pixels", "source_pixels", "target_mixup", or a function
             `(DomainBatch, *, generator) -> OuterBatch`.
@@ -109,7 +109,6 @@ class BilevelCalibrationStep:
         seed: int = 0,
     ) -> None:
         name = "BilevelCalibrationStep"
-        check_choice(name, "engine", engine, ENGINES)
         check_number(name, "warmup", warmup, low=0, rule=">= 0 iterations")
         check_number(name, "every", every, low=1, rule=">= 1")
         if isinstance(outer_set, str):

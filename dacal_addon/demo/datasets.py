@@ -40,7 +40,7 @@ class Dataset(NamedTuple):
 def load_dataset(name: str, *, seed: int, train_images: Optional[int] = None, test_images: int = 100) -> Dataset:
     """Make a benchmark: `train_images` and `test_images` of each domain. The same arguments give the same pixels.
 
-    About 20 s for `streets` and 3 s for `digits` on one core.
+    About 16 s for `streets` and 3 s for `digits` on one core.
 
     Args:
         name: "streets" (procedural street scenes, 10 classes) or "digits" (handwriting, 11 classes).

@@ -76,7 +76,7 @@ def hypergradient(
 
     Source: one-step unrolled differentiation as in DARTS (Liu et al., ICLR 2019) and `higher` (Grefenstette et al., 2019).
     """
-    check_choice("hypergradient", "engine", engine, ENGINES)
+    check_supported(student, optimizer, engine=engine)
     meta_parameters = tuple(meta_parameters)
     for i, parameter in enumerate(meta_parameters):
         expected = f"meta_parameters[{i}]: a tensor that requires grad"
@@ -87,7 +87,6 @@ def hypergradient(
     if not meta_parameters:
         remedy = "pass list(temperature_net.parameters())"
         raise problem("hypergradient", expected="at least one meta parameter", got="none", remedy=remedy)
-    check_supported(student, optimizer, engine=engine)
     from .unroll import unroll  # here and not above: who never takes a meta-step need not import `higher`
 
     return unroll(student, inner_loss, outer_loss, meta_parameters, optimizer)
