@@ -2,18 +2,21 @@
 
 import math
 from functools import partial
-from typing import Any, Callable, Dict, NamedTuple, Optional, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._check import check_choice, check_classes, check_label, check_number, check_tensor, describe, problem
-from .engines import Student, check_supported, hypergradient
+from .engines import Student, check_supported, hypergradient, ranks_of
+from .engines import backward as plain_backward
 from .losses import CrossEntropyAndGap, cross_entropy, soft_cross_entropy
 from .mixing import class_mask, mix
 from .outer_sets import OUTER_SETS, DomainBatch, OuterSet
+from .preserve import Preserved, preserved
 from .pseudo_labels import SoftPseudoLabeler
+from .ranks import Ranks
 
 OUTER_LOSSES = ("cross_entropy", "cross_entropy_and_gap")
 
@@ -32,9 +35,11 @@ class CalibrationStepResult(NamedTuple):
     hypergradient_norm: float
     """Euclidean norm over all parameters of the temperature net."""
     engine: str
-    """The engine that computed the hypergradient."""
+    """The engine that computed the hypergradient; of interest with "auto"."""
     skipped: Optional[str]
     """Why the temperature net was left as it was; None if it was updated."""
+    inner_loss: float = math.nan
+    """The loss on the mixed images, which `backward=True` has trained the student with."""
 
 
 class BilevelCalibrationStep:
@@ -43,7 +48,12 @@ class BilevelCalibrationStep:
     Call it once per iteration, before the host labels the target images. It mixes the batch, takes a virtual step of the
     student on the soft labels (inner loss), judges the result on the complementary mix (outer loss), and descends the
     hypergradient with `meta_optimizer`. The live student (parameters, buffers, `.grad`, training flags), its optimizer and
-    the global random states are bit for bit as before, also after an error.
+    the global random states are bit for bit as before, also after an error. With `backward=True` the call is the host's pass
+    over the mixed images as well, which makes it cheaper.
+
+    Under `torch.distributed` every rank calls it with its part of the batch, and all temperature nets stay the same, to the
+    bit: the first call broadcasts the first rank's, and the built-in losses are means over the labelled pixels of all ranks
+    ("cross_entropy_and_gap" takes each rank's gap by itself, and losses of the host's own count as equal parts).
 
     Args:
         student: the live network, called as `student(image)`.
@@ -51,7 +61,7 @@ class BilevelCalibrationStep:
         optimizer: the student's own; only read (see `hypergradient`).
         meta_optimizer: owns the parameters of `labeler.temperature_net`, and nothing else. Adam with a learning rate of
             about 3e-4 is a good start; a larger one only drives temperatures to their bounds sooner.
-        engine: see `hypergradient`.
+        engine: "higher", "forward", "finite_difference" or "auto": see `hypergradient`, and the README for their costs.
         outer_set: what the outer loss sees, one of "source_and_target_pixels", "source_pixels", "target_mixup", or a function
             `(DomainBatch, *, generator) -> OuterBatch`.
         outer_loss: "cross_entropy", "cross_entropy_and_gap" (plus 10 x the calibration gap; `CrossEntropyAndGap` sets another
@@ -64,6 +74,7 @@ class BilevelCalibrationStep:
             Logits of a lower resolution are interpolated to the labels', inside the differentiated function.
         ignore_index: of source labels.
         seed: of the generator that draws what a call is not given one for.
+        update_rule, clip_norm, measure_before, process_group: see `hypergradient`.
 
     Raises:
         ValueError: a `meta_optimizer` that owns other parameters than the temperature net's; options out of range.
@@ -107,6 +118,10 @@ class BilevelCalibrationStep:
         logits_of: Optional[Callable[[Any], Tensor]] = None,
         ignore_index: int = 255,
         seed: int = 0,
+        update_rule: Optional[Callable[..., Tensor]] = None,
+        clip_norm: Optional[float] = None,
+        measure_before: bool = True,
+        process_group: Any = None,
     ) -> None:
         name = "BilevelCalibrationStep"
         check_number(name, "warmup", warmup, low=0, rule=">= 0 iterations")
@@ -131,12 +146,14 @@ class BilevelCalibrationStep:
                 remedy="torch.optim.Adam(temperature_net.parameters(), lr=3e-4)",
             )
         # Now, and not after a thousand iterations of warm-up.
-        check_supported(student, optimizer, engine=engine)
+        check_supported(student, optimizer, engine=engine, update_rule=update_rule, clip_norm=clip_norm)
         self.student = student
         self.labeler = labeler
         self.optimizer = optimizer
         self.meta_optimizer = meta_optimizer
         self.engine = engine
+        # See `_for_all`.
+        self._divides_by_labelled = isinstance(outer_loss, (str, CrossEntropyAndGap)) or outer_loss is cross_entropy
         self.outer_set = OUTER_SETS[outer_set] if isinstance(outer_set, str) else outer_set
         if outer_loss == "cross_entropy":
             outer_loss = partial(cross_entropy, ignore_index=ignore_index)
@@ -144,12 +161,17 @@ class BilevelCalibrationStep:
             outer_loss = CrossEntropyAndGap(ignore_index=ignore_index)
         self.outer_loss: Callable[..., Tensor] = outer_loss  # type: ignore[assignment]  # no string is left
         self.inner_loss = inner_loss
+        self.update_rule = update_rule
+        self.clip_norm = clip_norm
+        self.measure_before = measure_before
+        self.process_group = process_group
         self.warmup = warmup
         self.every = every
         self.logits_of = logits_of
         self.ignore_index = ignore_index
         self.iteration = 0
         self._generator = torch.Generator().manual_seed(seed)
+        self._broadcast = False
 
     def __call__(
         self,
@@ -161,6 +183,7 @@ class BilevelCalibrationStep:
         mask: Optional[Tensor] = None,
         teacher_features: Optional[Tensor] = None,
         valid: Optional[Tensor] = None,
+        backward: bool = False,
         generator: Optional[torch.Generator] = None,
     ) -> CalibrationStepResult:
         """Count one iteration and, unless in warm-up or between two `every`, take the meta-step.
@@ -173,6 +196,9 @@ class BilevelCalibrationStep:
                 not given.
             teacher_features: (N, F, h, w) for a temperature net with `feature_channels`.
             valid: (N, H, W) bool, False on the target's padding.
+            backward: also train: add the gradient of the loss on the mixed images, with the labels of this call's temperatures,
+                to `.grad` of the student's parameters, and leave buffers and random states as that pass leaves them. At
+                every iteration, whether there is a meta-step or not; the host does its source loss and the optimizer's step.
             generator: for the mask and for outer sets that draw; by default the step's own, which is part of its state.
 
         Raises:
@@ -182,40 +208,73 @@ class BilevelCalibrationStep:
         if mask is not None:
             mix(mask, source_label, source_label)  # for its checks
         reason = self._waiting()
-        if reason is not None and self.iteration:
+        if reason is not None and self.iteration and not backward:
             self.iteration += 1
             return self._skipped(reason)
-        with torch.enable_grad():
+        ranks = ranks_of(self.student, self.process_group)
+        if not self._broadcast:
+            ranks.broadcast([*self.temperature_net.parameters(), *self.temperature_net.buffers()])
+            self._broadcast = True
+        label = partial(self.labeler, teacher_logits, features=teacher_features, valid=valid)
+        before_labels = Preserved(self.temperature_net)
+        with torch.no_grad():
             # At the first iteration also in the warm-up, so that features or padding that do not fit are found at once.
-            labels = self.labeler(teacher_logits, features=teacher_features, valid=valid)
-        if reason is not None:
+            labels = label()
+        if reason is not None and not backward:
             self.iteration += 1
             return self._skipped(reason)
 
         generator = generator if generator is not None else self._generator
         if mask is None:
             mask = class_mask(source_label, generator=generator, ignore_index=self.ignore_index)
+        inner_image = mix(mask, source_image, target_image)
+        mix_labels = partial(mix, mask, source_label, ignore_index=self.ignore_index)
+        inner_label = mix_labels(labels.soft_label)
+        inner_weight = mix(mask, torch.ones_like(labels.weight), labels.weight)
+        if self.inner_loss is soft_cross_entropy:
+            inner_weight = _for_all(ranks, inner_weight, (inner_label > 0).any(1))
+        with_graph: List[Tensor] = []
+
+        def inner_loss(f: Student) -> Tensor:
+            # The labels' graph is large: not before an engine asks for it, and once for all its passes.
+            differentiated = reason is None and any(parameter.requires_grad for parameter in self._meta_parameters)
+            if differentiated and not with_graph:
+                with preserved(self.temperature_net):
+                    before_labels.rewind()  # a net with dropout or BatchNorm must give the same labels again
+                    with_graph.append(mix_labels(label().soft_label))
+            soft_label = with_graph[0] if differentiated else inner_label
+            return self.inner_loss(self._logits(f, inner_image), soft_label, inner_weight)
+
+        if reason is not None:
+            loss = float(plain_backward(self.student, inner_loss, process_group=self.process_group))
+            self.iteration += 1
+            return self._skipped(reason)._replace(inner_loss=loss)
+
         batch = DomainBatch(
             source_image, source_label, target_image, labels.pseudo_label, labels.weight, mask, self.ignore_index
         )
-        inner_image = mix(mask, source_image, target_image)
-        inner_label = mix(mask, source_label, labels.soft_label, ignore_index=self.ignore_index)
-        inner_weight = mix(mask, torch.ones_like(labels.weight), labels.weight)
         outer = self.outer_set(batch, generator=generator)
+        if self._divides_by_labelled:
+            outer = outer._replace(weight=_for_all(ranks, outer.weight, outer.label != self.ignore_index))
 
         result = hypergradient(
             self.student,
-            lambda f: self.inner_loss(self._logits(f, inner_image), inner_label, inner_weight),
+            inner_loss,
             lambda f: self.outer_loss(self._logits(f, outer.image), outer.label, outer.weight),
             self._meta_parameters,
             optimizer=self.optimizer,
             engine=self.engine,
+            update_rule=self.update_rule,
+            clip_norm=self.clip_norm,
+            backward=backward,
+            measure_before=self.measure_before,
+            process_group=self.process_group,
         )
         norm = math.sqrt(sum(float(grad.double().pow(2).sum()) for grad in result.grads))
-        temperature = labels.temperature.detach()
+        temperature = labels.temperature
         before, after = float(result.outer_loss_before), float(result.outer_loss_after)
         reason = None
-        if not (math.isfinite(before) and math.isfinite(after)):
+        if not (math.isfinite(after) and (math.isfinite(before) or not self.measure_before)):
             reason = f"outer loss is not finite: {before} before, {after} after the virtual step"
         elif not math.isfinite(norm):
             reason = "hypergradient is not finite"
@@ -231,8 +290,9 @@ class BilevelCalibrationStep:
             float(temperature.min()),
             float(temperature.max()),
             norm,
-            self.engine,
+            result.engine,
             reason,
+            float(result.inner_loss),
         )
 
     def state_dict(self) -> Dict[str, Any]:
@@ -305,3 +365,12 @@ class BilevelCalibrationStep:
         if z.dim() != 4 or (z.shape[0], *z.shape[-2:]) != (n, h, w):
             raise problem(name, expected=expected, got=describe(z), remedy="interpolate them to the size of the image")
         check_classes(name, "source_label", source_label, z.shape[1], self.ignore_index)
+
+
+def _for_all(ranks: Ranks, weight: Tensor, labelled: Tensor) -> Tensor:
+    """Weights with which the ranks' means over labelled pixels average to the mean over the labelled pixels of all ranks."""
+    if ranks.size == 1:
+        return weight
+    count = labelled.sum().double()
+    share = count / ranks.average_number(count).clamp(min=1e-12)
+    return weight * share.to(weight.dtype)

@@ -1,12 +1,17 @@
-"""Leave the host as it was: the random states, buffers and training flags that a meta-step must put back."""
+"""Leave the host as it was: what a meta-step must put back, and the passes that it makes in between."""
 
 import random
+from collections import OrderedDict, defaultdict
 from contextlib import contextmanager
-from typing import Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+_CONTAINERS = (list, dict, set, OrderedDict, defaultdict)
+# What torch itself keeps in a module; parameters and buffers are taken care of by themselves.
+_TORCHS_OWN = set(vars(nn.Module())) - {"training"}
 
 
 class RandomStates:
@@ -30,41 +35,176 @@ class RandomStates:
         random.setstate(self._python)
 
 
+class StudentState:
+    """A snapshot of what a forward pass may change in a student: buffers, and the plain attributes of its modules.
+
+    Attributes are the training flags, and whatever modules note down: the identity of each, the values of tensors, and the
+    entries of lists, dicts and sets. Not parameters: see `moved`.
+    """
+
+    def __init__(self, student: nn.Module) -> None:
+        self._modules = list(student.modules())
+        self._buffers = [dict(module._buffers) for module in self._modules]
+        self._attributes = [
+            {
+                name: (value, value.copy() if type(value) in _CONTAINERS else None)
+                for name, value in vars(module).items()
+                if name not in _TORCHS_OWN
+            }
+            for module in self._modules
+        ]
+        noted = [value for attributes in self._attributes for value, _ in attributes.values() if type(value) is Tensor]
+        buffers = [buffer for own in self._buffers for buffer in own.values() if buffer is not None]
+        self._values = [(tensor, tensor.detach().clone()) for tensor in (*buffers, *noted)]
+
+    def restore(self) -> None:
+        """Set all of it back to the snapshot."""
+        for module, buffers in zip(self._modules, self._buffers):
+            # Also what a pass has registered, or replaced: torch 1.7's BatchNorm counts batches by a new tensor each time.
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        for tensor, value in self._values:
+            # Through .data, which does not count as a change: a graph of the host that saved the buffer would refuse to run
+            # backward, though every bit is as it was.
+            tensor.data.copy_(value)
+        for module, attributes in zip(self._modules, self._attributes):
+            own = vars(module)
+            for name in set(own) - set(attributes) - _TORCHS_OWN:
+                del own[name]
+            for name, (value, entries) in attributes.items():
+                own[name] = value
+                if entries is None:
+                    continue
+                value.clear()
+                (value.extend if isinstance(value, list) else value.update)(entries)
+
+
+class Preserved:
+    """The student's and the random states at the beginning, and those to leave behind; see `preserved`."""
+
+    def __init__(self, student: nn.Module) -> None:
+        self._student = student
+        devices = {parameter.device for parameter in student.parameters() if parameter.is_cuda}
+        self._devices = sorted(devices, key=str)
+        self._start = self._snapshot()
+        self._left = self._start
+
+    def rewind(self) -> None:
+        """Before a pass: as at the beginning, so that it draws the same dropout masks and sees the same buffers."""
+        self._restore(self._start)
+
+    def keep(self) -> None:
+        """Leave behind what there is now, and not what there was at the beginning."""
+        self._left = self._snapshot()
+
+    def leave(self) -> None:
+        """Set the states to what is to be left behind."""
+        self._restore(self._left)
+
+    def discard(self) -> None:
+        """Take `keep` back."""
+        self._left = self._start
+
+    def _snapshot(self) -> Tuple[RandomStates, StudentState]:
+        return RandomStates(self._devices), StudentState(self._student)
+
+    @staticmethod
+    def _restore(snapshot: Tuple[RandomStates, StudentState]) -> None:
+        for part in snapshot:
+            part.restore()
+
+
 @contextmanager
-def preserved(student: nn.Module) -> Iterator[RandomStates]:
+def preserved(student: nn.Module) -> Iterator[Preserved]:
     """Inside, draw random numbers, flip training flags and run the student; afterwards all is as before, also after an error.
 
-    Restored: the global random states, the student's training flags and its buffers (BatchNorm's statistics).
-
-    Yields the random states at the start, so that several passes can `restore()` them and draw the same dropout masks.
+    Restored: the global random states, the student's buffers (BatchNorm's statistics), its training flags and what else its
+    modules note down. Without an error, what `keep` was called on is left behind instead.
 
     Example:
         >>> student = nn.Dropout()
-        >>> with preserved(student) as states:
+        >>> with preserved(student) as state:
         ...     first = torch.rand(3)
-        ...     states.restore()
+        ...     state.rewind()
         ...     again = torch.rand(3)
         ...     _ = student.eval()
         >>> bool((first == again).all()), student.training
         (True, True)
     """
-    devices = {parameter.device for parameter in student.parameters() if parameter.is_cuda}
-    states = RandomStates(sorted(devices, key=str))
-    flags = [(module, module.training) for module in student.modules()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
+    state = Preserved(student)
+    try:
+        yield state
+    except BaseException:
+        state.discard()
+        raise
+    finally:
+        state.leave()
+
+
+@contextmanager
+def moved(
+    parameters: Sequence[Tensor], new_value: Callable[[int, Tensor], Optional[Tensor]], *, trainable: bool = True
+) -> Iterator[None]:
+    """Inside, parameter i has the value `new_value(i, parameter)` (None: its own); afterwards its own again, to the bit.
+
+    The values are written into the live tensors, so that whatever refers to them sees them: hooks, tied parameters, compiled
+    graphs, fused kernels. Through .data, which does not count as a change (see `StudentState`).
+
+    Args:
+        trainable: False, and inside no parameter requires grad.
+
+    Example:
+        >>> p = torch.zeros(2, requires_grad=True)
+        >>> with moved([p], lambda i, parameter: parameter + 1):
+        ...     print(p.tolist())
+        [1.0, 1.0]
+        >>> p.tolist()
+        [0.0, 0.0]
+    """
+    own: List[Tuple[Tensor, Tensor]] = []
+    flags = [parameter.requires_grad for parameter in parameters]
+    try:
+        for i, parameter in enumerate(parameters):
+            with torch.no_grad():
+                value = new_value(i, parameter.detach())
+            if value is not None:
+                own.append((parameter, parameter.detach().clone()))
+                parameter.data.copy_(value)
+        if not trainable:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+        _forget_casts()
+        yield
+    finally:
+        for parameter, value in reversed(own):  # the last first, for parameters that share memory
+            parameter.data.copy_(value)
+        for parameter, flag in zip(parameters, flags):
+            parameter.requires_grad_(flag)
+        _forget_casts()
+
+
+def _forget_casts() -> None:
+    """Autocast keeps half-precision copies of parameters until its outermost context ends; they do not follow .data."""
+    forget: Any = torch.clear_autocast_cache
+    forget()
+
+
+@contextmanager
+def replaced(student: nn.Module, values: Dict[int, Tensor]) -> Iterator[None]:
+    """Inside, the modules of the student hold `values[id(parameter)]` where they held a parameter.
+
+    For tensors that cannot be written into a parameter, such as dual ones. Tied parameters stay tied.
+    """
+    slots = [
+        (module._parameters, name, parameter)
         for module in student.modules()
-        for name, buffer in module.named_buffers(recurse=False)
+        for name, parameter in module._parameters.items()
+        if parameter is not None
     ]
     try:
-        yield states
+        for slot, name, parameter in slots:
+            slot[name] = cast(nn.Parameter, values[id(parameter)])
+        yield
     finally:
-        states.restore()
-        for module, training in flags:
-            module.training = training
-        for module, name, buffer, value in buffers:
-            if getattr(module, name) is not buffer:  # torch 1.7's BatchNorm counts its batches by a new tensor each time
-                setattr(module, name, buffer)
-            # Through .data, which does not count as a change: a graph of the host that saved the buffer would refuse to run
-            # backward, though every bit is as it was.
-            buffer.data.copy_(value)
+        for slot, name, parameter in slots:
+            slot[name] = parameter

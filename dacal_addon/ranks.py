@@ -1,0 +1,89 @@
+"""Several processes: averages over the ranks of a `torch.distributed` group."""
+
+from typing import Any, List, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from ._check import problem
+
+_BUCKET = 1 << 22  # elements sent at once, so that the copy that is sent stays small
+
+
+class Ranks:
+    """The processes that share one batch; of size 1 where nothing is distributed.
+
+    Args:
+        group: a process group; None for the default one, if `torch.distributed` is initialised.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self._group = {} if group is None else {"group": group}  # torch 1.7 does not know None
+        self.size: int = torch.distributed.get_world_size(**self._group) if distributed else 1
+        if self.size < 1:
+            remedy = "pass a group with this rank in it"
+            raise problem("hypergradient", expected="process_group to contain this rank", got="another group", remedy=remedy)
+
+    def average(self, tensors: Sequence[Optional[Tensor]], like: Sequence[Tensor]) -> List[Optional[Tensor]]:
+        """The mean of each tensor over the ranks, the same to the bit on each; in place where there is a tensor.
+
+        None counts as zeros (of the shape of its entry in `like`), and stays None where it is None on every rank: to an
+        optimizer, a parameter without gradient is not one with a gradient of zero.
+        """
+        if self.size == 1 or not like:
+            return list(tensors)
+        present = torch.tensor([0.0 if tensor is None else 1.0 for tensor in tensors], device=like[0].device)
+        self._sum(present)
+        anywhere = (present > 0).tolist()
+        result = [
+            torch.zeros_like(other) if tensor is None and there else tensor
+            for tensor, other, there in zip(tensors, like, anywhere)
+        ]
+        for bucket in _buckets([tensor for tensor in result if tensor is not None]):
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            self._sum(flat)
+            flat /= self.size
+            for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
+                tensor.copy_(part.view(tensor.shape))
+        return result
+
+    def average_number(self, number: Tensor) -> Tensor:
+        """The mean of a scalar over the ranks; detached."""
+        if self.size == 1:
+            return number.detach()
+        value = number.detach().clone()
+        self._sum(value)
+        return value / self.size
+
+    def anywhere(self, flag: bool, *, like: Tensor) -> bool:
+        """Whether the flag is set on any rank."""
+        return float(self.average_number(like.new_full((), float(flag)))) > 0
+
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite them with those of the group's first rank."""
+        if self.size == 1:
+            return
+        first = torch.distributed.get_rank(**self._group) == 0
+        for tensor in tensors:
+            # A sum with zeros, because a broadcast wants the first rank's number in the world, which old versions cannot tell.
+            value = tensor.detach().clone() if first else torch.zeros_like(tensor)
+            self._sum(value)
+            tensor.data.copy_(value)
+
+    def _sum(self, tensor: Tensor) -> None:
+        torch.distributed.all_reduce(tensor, **self._group)
+
+
+def _buckets(tensors: Sequence[Tensor]) -> List[List[Tensor]]:
+    """In order, in runs of one kind and device and of limited size."""
+    buckets: List[List[Tensor]] = []
+    size = 0
+    for tensor in tensors:
+        fits = buckets and size + tensor.numel() <= _BUCKET
+        if not fits or buckets[-1][0].dtype != tensor.dtype or buckets[-1][0].device != tensor.device:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(tensor)
+        size += tensor.numel()
+    return buckets
