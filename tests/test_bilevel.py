@@ -4,10 +4,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from problems import ENGINES
 from torch import nn
 
-from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler
-from dacal_addon.mixing import class_mask, complement
+from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, soft_cross_entropy
+from dacal_addon.mixing import class_mask, complement, mix
 from dacal_addon.outer_sets import OUTER_SETS, OuterBatch
 
 
@@ -59,17 +60,18 @@ def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("outer_loss", ["cross_entropy", "cross_entropy_and_gap"])
 @pytest.mark.parametrize("outer_set", list(OUTER_SETS))
-def test_updates_the_temperature_net_and_nothing_else(outer_set, outer_loss):
-    step = make(outer_set=outer_set, outer_loss=outer_loss)
+def test_updates_the_temperature_net_and_nothing_else(outer_set, outer_loss, engine):
+    step = make(outer_set=outer_set, outer_loss=outer_loss, engine=engine)
     step.student(batch()["source_image"]).sum().backward()
     student, net = state(step.student), state(step.temperature_net)
     grads = [p.grad.clone() for p in step.student.parameters()]
     random_state = torch.get_rng_state()
     result = step(**batch())
     assert result.skipped is None
-    assert result.engine == "higher"
+    assert result.engine == engine
     assert result.hypergradient_norm > 0
     assert (result.temperature_min, result.temperature_mean, result.temperature_max) == (1.0, 1.0, 1.0)
     assert same(student, state(step.student))
@@ -121,8 +123,9 @@ def test_waits_for_the_warm_up_and_then_acts_every_kth_time():
     assert math.isnan(waiting.temperature_mean)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("case", ["outer", "after", "gradient"])
-def test_non_finite_figures_skip_the_meta_step_and_say_so(case):
+def test_non_finite_figures_skip_the_meta_step_and_say_so(case, engine):
     def outer_loss(logits, label, weight):
         loss = F.cross_entropy(logits, label, ignore_index=255)
         if case == "outer":
@@ -131,7 +134,7 @@ def test_non_finite_figures_skip_the_meta_step_and_say_so(case):
             return loss * float("nan")
         return loss + (0.0 * loss.sqrt()).sqrt() if case == "gradient" else loss
 
-    step = make(outer_loss=outer_loss)
+    step = make(outer_loss=outer_loss, engine=engine)
     net, meta_state = state(step.temperature_net), copy.deepcopy(step.meta_optimizer.state_dict())
     result = step(**batch())
     expected = {"outer": "outer loss is not finite: inf before", "after": "nan after", "gradient": "hypergradient is not"}
@@ -142,9 +145,10 @@ def test_non_finite_figures_skip_the_meta_step_and_say_so(case):
     assert step(**batch()).skipped is None
 
 
-def test_nothing_to_learn_from_leaves_even_a_moving_net_where_it_is():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_nothing_to_learn_from_leaves_even_a_moving_net_where_it_is(engine):
     """Adam with momentum goes on with a zero gradient."""
-    step = make(outer_set="target_mixup")
+    step = make(outer_set="target_mixup", engine=engine)
     for i in range(3):
         assert step(**batch(i)).skipped is None
     net = state(step.temperature_net)
@@ -199,15 +203,73 @@ def test_a_partly_frozen_temperature_net_learns_with_the_rest():
 
 
 @pytest.mark.skipif(not hasattr(torch, "autocast"), reason="torch < 1.10 has no autocast on the CPU")
-def test_under_bfloat16_autocast_the_step_is_nearly_the_same():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_under_bfloat16_autocast_the_step_is_nearly_the_same(engine):
     data, norms = batch(), []
     for enabled in (False, True):
-        step = make(student=Student().eval())
+        step = make(student=Student().eval(), engine=engine)
         # Not Adam: without a state it follows the sign of a gradient, however small.
         step.optimizer = torch.optim.SGD(step.student.parameters(), lr=1e-2)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             norms.append(step(**data, generator=generator()).hypergradient_norm)
     assert norms[1] == pytest.approx(norms[0], rel=0.1)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_with_backward_the_call_is_the_hosts_mixed_pass(engine):
+    """In the warm-up, at a meta-step and between two: `.grad`, buffers and random state as after the host's own pass."""
+    data = batch()
+    mask = class_mask(data["source_label"], generator=generator(1))
+    step = make(warmup=1, every=2, engine=engine, clip_norm=0.1, measure_before=False)
+    twin, twin_student = copy.deepcopy(step.temperature_net), copy.deepcopy(step.student)
+    torch.manual_seed(0)
+    for skipped in (True, False, True):
+        random_state = torch.get_rng_state()
+        labels = SoftPseudoLabeler(twin, weight="none")(data["teacher_logits"])
+        mixed_label = mix(mask, data["source_label"], labels.soft_label.detach())
+        logits = twin_student(mix(mask, data["source_image"], data["target_image"]))
+        loss = soft_cross_entropy(F.interpolate(logits, size=(8, 8), mode="bilinear", align_corners=False), mixed_label)
+        loss.backward()
+        after = torch.get_rng_state()
+
+        torch.set_rng_state(random_state)
+        result = step(**data, mask=mask, backward=True)
+        assert (result.skipped is not None) == skipped
+        assert math.isnan(result.outer_loss_before)
+        assert result.inner_loss == pytest.approx(loss.item(), rel=1e-6)
+        assert torch.equal(torch.get_rng_state(), after)
+        assert same(state(twin_student), state(step.student))
+        for mine, theirs in zip(step.student.parameters(), twin_student.parameters()):
+            assert torch.equal(mine.grad, theirs.grad)
+        twin.load_state_dict(step.temperature_net.state_dict())
+    assert not same(state(twin), state(MetaTemperatureNet(4)))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_temperature_net_with_dropout_gives_one_set_of_labels_per_call(engine):
+    class Net(MetaTemperatureNet):
+        def forward(self, logits, features=None):
+            return F.dropout(super().forward(logits, features), 0.2) + 0.5
+
+    step = make(net=Net(4), engine=engine)
+    before = state(step.temperature_net)
+    random_state = torch.get_rng_state()
+    assert step(**batch()).skipped is None
+    assert not same(before, state(step.temperature_net))
+    assert not torch.equal(torch.get_rng_state(), random_state)  # the labels' own draw, once, as when the host labels
+
+
+def test_options_of_the_hypergradient_are_handed_on():
+    def norm(**options):
+        step = make(student=Student().eval(), **options)
+        step.optimizer = torch.optim.SGD(step.student.parameters(), lr=0.1)
+        return step(**batch(), generator=generator()).hypergradient_norm
+
+    def timid(parameter, grad, group, state):
+        return parameter - 0.001 * grad
+
+    assert norm(clip_norm=0.01) < 0.5 * norm()
+    assert norm(update_rule=timid) == pytest.approx(0.01 * norm(), rel=0.1)
 
 
 def test_resumes_exactly_where_it_was_saved():
@@ -275,7 +337,7 @@ def replaced(**changes):
     [
         (lambda: make(every=0), ValueError, r"BilevelCalibrationStep: expected every >= 1, got 0;"),
         (lambda: make(warmup=-1), ValueError, r"warmup >= 0 iterations"),
-        (lambda: make(engine="forward"), ValueError, r"engine to be one of 'higher'"),
+        (lambda: make(engine="unroll"), ValueError, r"engine to be one of 'higher', 'forward', 'finite_difference', 'auto'"),
         (lambda: make(outer_set="target"), ValueError, r"outer_set to be one of 'source_and_target_pixels', "),
         (lambda: make(outer_loss="gap"), ValueError, r"outer_loss to be one of 'cross_entropy', "),
         (lambda: make(net=nn.Conv2d(4, 1, 1)).labeler(torch.zeros(1)), ValueError, r"teacher_logits"),

@@ -2,12 +2,14 @@
 
 import ast
 import importlib.util
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import dacal_addon
 
@@ -84,8 +86,8 @@ def test_the_wheel_installs_into_an_empty_directory_and_imports_from_there(tmp_p
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_readmes_loop_runs_and_is_twenty_lines():
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_readmes_loops_run_and_the_first_is_twenty_lines():
+    block, shorter = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     lines = [line for line in block.splitlines() if line.strip() and not line.strip().startswith("#")]
     assert len([line for line in lines if not line.startswith("from ")]) <= 20
     setting = """
@@ -102,6 +104,10 @@ update_teacher = lambda teacher, student: updates.append(1)
     before = dacal_addon.MetaTemperatureNet(19).last.weight
     exec(setting + block.replace("warmup=1000", "warmup=1"), scope)
     assert len(scope["updates"]) == 3
+    assert not (scope["temperature_net"].last.weight == before).all()
+    before = scope["temperature_net"].last.weight.detach().clone()
+    exec(shorter.replace("every=4", "every=4, warmup=0"), scope)
+    assert len(scope["updates"]) == 6
     assert not (scope["temperature_net"].last.weight == before).all()
 
 
@@ -126,4 +132,19 @@ def test_the_plain_loop_runs(labels):
 def test_the_benchmark_of_the_pieces_runs():
     output = python("benchmarks/costs.py", "--size", "64", "--runs", "1")
     assert re.search(r"student forward +\d+\.\d +1\.00\n", output)
-    assert re.search(r"meta-step, engine higher +\d+\.\d +\d+\.\d\d +\d+\.\d x\n", output)
+    for engine in ("higher", "forward", "finite_difference"):
+        if engine != "forward" or hasattr(torch, "func"):
+            assert re.search(rf"meta-step, engine {engine} +\d+\.\d +\d+\.\d\d +\d+\.\d x\n", output)
+
+
+@pytest.mark.skipif(not hasattr(torch, "func"), reason="the benchmark's student uses fused attention: torch >= 2.0")
+def test_the_benchmark_of_the_engines_runs(tmp_path):
+    output = python("benchmarks/hypergradient.py", "--size", "32", "--runs", "1", "--quick", "--out", tmp_path)
+    assert re.search(r"forward: iteration, shared +\d+\.\d\d +\d+\.\d\d +\d+\.\d\d\n", output)
+    assert int(python("benchmarks/hypergradient.py", "--size", "32", "--peak-of", "plain student step")) > 10e6
+    result = json.loads((tmp_path / "hypergradient.json").read_text())
+    assert (tmp_path / "hypergradient.png").stat().st_size > 10_000
+    smooth = result["agreement"]["GELU"]
+    assert len(smooth) == 1
+    assert all(row["forward, float64"] <= 1e-10 and row["finite_difference, float64"] <= 1e-6 for row in smooth)
+    assert all(row["forward, float32"] <= 1e-4 and row["finite_difference, float32"] <= 1e-2 for row in smooth)

@@ -1,0 +1,622 @@
+"""What makes a hypergradient silently wrong, or an engine fail late: each has a guard, and each guard a test."""
+
+import contextlib
+import copy
+import gc
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import ENGINES, OPTIMIZERS, TOLERANCE, Student, distance, generator, problem, randn, really_step, with_history
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dacal_addon import hypergradient, soft_cross_entropy
+from dacal_addon.engines.precision import without_tf32
+
+LIVE = [engine for engine in ENGINES if engine != "higher"]  # engines whose passes run the live student
+live_engine = pytest.mark.parametrize("engine", LIVE)
+needs_torch_2 = pytest.mark.skipif(not hasattr(torch, "func"), reason="torch < 2 has neither fused attention nor forward AD")
+
+
+def grads_of(student, engine, optimizer=None, wrap=lambda closure: closure):
+    """The hypergradient of the shared problem, its closures wrapped."""
+    net, inner, outer = problem()
+    optimizer = OPTIMIZERS["AdamW"](student.parameters()) if optimizer is None else optimizer
+    torch.manual_seed(0)
+    arguments = (student, wrap(inner), wrap(outer), list(net.parameters()))
+    return hypergradient(*arguments, optimizer=optimizer, engine=engine).grads
+
+
+def with_layer(layer):
+    """The shared student with one more layer on its features."""
+    student = Student()
+    student.dropout = layer
+    return student.double()
+
+
+@live_engine
+def test_dropout_draws_the_same_masks_in_channels_last_too(engine):
+    """torch.func.jvp draws others there: 40 % off."""
+
+    class ChannelsLast(Student):
+        def forward(self, image):
+            return super().forward(image.contiguous(memory_format=torch.channels_last))
+
+    student = ChannelsLast().to(memory_format=torch.channels_last)
+    student.dropout = nn.Dropout(0.5)
+    assert distance(grads_of(student, engine), grads_of(student, "higher")) <= TOLERANCE[engine]
+
+
+@live_engine
+def test_random_numbers_that_the_passes_do_not_share_are_found_out(engine):
+    own = generator(3)
+
+    class OwnNoise(nn.Module):
+        def forward(self, x):
+            return x * (1 + torch.randn(x.shape, generator=own, dtype=x.dtype))
+
+    with pytest.raises(
+        RuntimeError, match=r"one function of the student's parameters .*draw random numbers from global states"
+    ):
+        grads_of(with_layer(OwnNoise()), engine)
+
+
+def test_differences_find_a_stop_gradient_that_they_cannot_see():
+    image = randn(2, 3, 8, 8, seed=1)
+
+    def stopping(closure):
+        return lambda f: closure(f) + f(image).detach().pow(2).mean()
+
+    with pytest.raises(RuntimeError, match=r"got slope .* where the inner gradient gives .*without detach"):
+        grads_of(Student(), "finite_difference", wrap=stopping)
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, by the fused function or by torch's module."""
+
+    def __init__(self, kind):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.qkv = nn.Linear(8, 24)
+            self.module = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.kind = kind
+
+    def forward(self, x):
+        n, c, h, w = x.shape
+        tokens = x.flatten(2).transpose(1, 2)
+        if self.kind == "module":
+            tokens = tokens + self.module(tokens, tokens, tokens, need_weights=False)[0]
+        else:
+            q, k, v = self.qkv(tokens).view(n, h * w, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
+            tokens = tokens + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h * w, c)
+        return tokens.transpose(1, 2).reshape(n, c, h, w)
+
+
+@needs_torch_2
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["function", "module"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_fused_attention(engine, kind, training):
+    """Has neither a second nor a forward derivative, and in eval mode, without gradients, another kernel yet."""
+    student = with_layer(Attention(kind)).train(training)
+    optimizer = with_history(OPTIMIZERS["AdamW"], student)
+    net, inner, outer = problem()
+    torch.manual_seed(0)
+    got = hypergradient(student, inner, outer, list(net.parameters()), optimizer=optimizer, engine=engine).grads
+    bias, losses = net.last.bias, []
+    for eps in (1e-4, -1e-4):
+        bias.data += eps
+        losses.append(outer(really_step(student, optimizer, inner)).item())
+        bias.data -= eps
+    assert got[-1].item() == pytest.approx((losses[0] - losses[1]) / 2e-4, rel=1e-5)
+    assert distance(got, grads_of(student, "higher", optimizer)) <= TOLERANCE[engine]
+
+
+class Doubling(torch.autograd.Function):
+    """A custom operation without a forward derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+class Custom(nn.Module):
+    def forward(self, x):
+        return Doubling.apply(x)
+
+
+class Warped(nn.Module):
+    def forward(self, x):
+        return F.grid_sample(
+            x, F.affine_grid(0.9 * torch.eye(2, 3).double().expand(2, 2, 3), x.shape, False), align_corners=False
+        )
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            self.inner = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Dropout(0.2), nn.Tanh())
+
+    def forward(self, x):
+        if hasattr(torch, "func"):
+            return checkpoint(self.inner, x, use_reentrant=True)
+        return checkpoint(self.inner, x)
+
+
+def normalised(how):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return how(nn.Conv2d(8, 8, 1))
+
+
+WITHOUT_FORWARD = {
+    "custom": (Custom, "autograd.Function Doubling"),
+    "grid_sample": (Warped, "grid_sampler_2d"),
+    "re-entrant checkpoint": (Checkpointed, "autograd.Function CheckpointFunction"),
+    "spectral_norm": (lambda: normalised(nn.utils.spectral_norm), "div_out|linalg|norm"),
+}
+without_forward = pytest.mark.parametrize("kind", WITHOUT_FORWARD)
+quiet_checkpoint = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+
+
+@needs_torch_2
+@quiet_checkpoint
+@without_forward
+def test_auto_falls_back_once_and_names_the_operation(kind):
+    make, name = WITHOUT_FORWARD[kind]
+    student = with_layer(make())
+    with pytest.raises(
+        ValueError, match=rf"has a forward derivative \(engine 'forward'\), got .*({name}).*; choose engine='fin"
+    ):
+        grads_of(student, "forward")
+    with pytest.warns(UserWarning, match=rf"goes on with 'finite_difference' for this student, because: .*({name})") as caught:
+        first = grads_of(student, "auto")
+    assert sum("goes on" in str(warning.message) for warning in caught) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*goes on with")
+        again = grads_of(student, "auto")
+    expected = grads_of(student, "finite_difference")
+    assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(first, again, expected))
+
+
+@quiet_checkpoint
+@without_forward
+def test_differences_need_nothing_of_an_operation(kind):
+    make, _ = WITHOUT_FORWARD[kind]
+    student = with_layer(make())
+    if kind == "spectral_norm":
+        student.dropout.eval()  # each pass begins with the live buffers, a real step leaves them to the next
+    net, inner, outer = problem()
+    optimizer = OPTIMIZERS["momentum"](student.parameters())
+    torch.manual_seed(0)
+    got = hypergradient(student, inner, outer, list(net.parameters()), optimizer=optimizer, engine="finite_difference").grads
+    bias, losses = net.last.bias, []
+    for eps in (1e-4, -1e-4):
+        bias.data += eps
+        torch.manual_seed(0)
+        updated = really_step(student, optimizer, inner)
+        with torch.no_grad():
+            losses.append(outer(updated).item())
+        bias.data -= eps
+    assert got[-1].item() == pytest.approx((losses[0] - losses[1]) / 2e-4, rel=1e-4)
+
+
+@quiet_checkpoint
+def test_re_entrant_checkpoints_leave_every_grad_alone():
+    """They work with .backward() alone, which writes into all leaves that it meets."""
+    student, other = with_layer(Checkpointed()), torch.ones(1, dtype=torch.float64, requires_grad=True)
+    net, inner, outer = problem()
+    for leaf in (*student.parameters(), *net.parameters(), other):
+        leaf.grad = torch.full_like(leaf, 7.0)
+    torch.manual_seed(0)
+    got = hypergradient(
+        student,
+        lambda f: inner(f) * other.sum(),
+        outer,
+        list(net.parameters()),
+        optimizer=OPTIMIZERS["SGD"](student.parameters()),
+        engine="finite_difference",
+    ).grads
+    for leaf in (*student.parameters(), *net.parameters(), other):
+        assert bool((leaf.grad == 7.0).all())
+    plain = copy.deepcopy(student)
+    plain.dropout = student.dropout.inner
+    assert distance(got, grads_of(plain, "higher", OPTIMIZERS["SGD"](plain.parameters()))) <= 1e-6
+    with pytest.raises(ValueError, match=r"without re-entrant checkpointing, .*engine 'higher'.*use_reentrant=False"):
+        grads_of(student, "higher")
+
+
+@quiet_checkpoint
+def test_re_entrant_checkpoints_with_labels_from_outside_of_the_closure():
+    student, image, logits = with_layer(Checkpointed()), randn(2, 3, 8, 8), randn(2, 4, 8, 8, seed=1)
+    omega, optimizer = torch.ones(1, dtype=torch.float64, requires_grad=True), OPTIMIZERS["SGD"](student.parameters())
+    outside, grads = (logits / omega).softmax(1), []
+    for label in (lambda: outside, lambda: (logits / omega).softmax(1)):
+        torch.manual_seed(0)
+        result = hypergradient(
+            student,
+            lambda f, label=label: soft_cross_entropy(f(image), label()),
+            lambda f: f(image).pow(2).mean(),
+            [omega],
+            optimizer=optimizer,
+            engine="finite_difference",
+        )
+        grads.append(result.grads[0])
+    assert distance([grads[0]], [grads[1]]) <= 1e-6
+
+
+@live_engine
+def test_only_the_passes_with_a_gradient_keep_a_graph_of_the_student(engine):
+    kept = []
+
+    def noting(closure):
+        def run(f):
+            def student(image):
+                logits = f(image)
+                kept.append(logits.requires_grad)
+                return logits
+
+            return closure(student)
+
+        return run
+
+    grads_of(Student(), engine, wrap=noting)
+    assert kept == [True, False, True] + [False] * (1 if engine == "forward" else 2)
+
+
+@needs_torch_2
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("tracking", [True, False])
+def test_forward_mode_through_every_kind_of_batch_norm(training, affine, tracking):
+    norm = nn.BatchNorm2d(8, affine=affine, track_running_stats=tracking, momentum=None if affine else 0.3)
+    student = with_layer(nn.Sequential(norm, nn.Tanh()))
+    student.dropout.train(training)
+    optimizer = with_history(OPTIMIZERS["momentum"], student)
+    student.dropout.train(training)
+    if affine:
+        norm.bias.requires_grad_(False)  # a tangent for one of the two
+    assert distance(grads_of(student, "forward", optimizer), grads_of(student, "higher", optimizer)) <= 1e-10
+
+
+@pytest.mark.skipif(not hasattr(getattr(torch.autograd, "graph", None), "saved_tensors_hooks"), reason="torch < 1.10")
+@live_engine
+def test_the_students_input_may_depend_on_the_meta_parameters(engine):
+    """Then the directional pass saves weights, which are back at their own values before its backward pass."""
+    student, image = Student(), randn(2, 3, 8, 8)
+    omega, optimizer, grads = torch.full((1,), 0.7).double().requires_grad_(), OPTIMIZERS["AdamW"](student.parameters()), []
+    for each in ("higher", engine):
+        torch.manual_seed(0)
+        result = hypergradient(
+            student,
+            lambda f: f(image * omega + omega.pow(2) * image.flip(-1)).pow(2).mean(),
+            lambda f: f(image).sigmoid().mean(),
+            [omega],
+            optimizer=optimizer,
+            engine=each,
+        )
+        grads.append(result.grads)
+    assert distance(grads[1], grads[0]) <= TOLERANCE[engine]
+
+
+@live_engine
+def test_parameters_that_share_memory_get_their_own_values_back(engine):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.whole = nn.Parameter(randn(3, 3))
+            self.part = nn.Parameter(self.whole.data[:1])
+
+        def forward(self, x):
+            return (x @ self.whole) * self.part
+
+    student, omega, x = Shared(), torch.ones(1, dtype=torch.float64, requires_grad=True), randn(4, 3, seed=1)
+    before, optimizer = student.whole.detach().clone(), torch.optim.SGD(student.parameters(), lr=0.1)
+    arguments = (student, lambda f: (f(x) - omega).pow(2).sum(), lambda f: f(x).pow(2).sum(), [omega])
+    with contextlib.suppress(RuntimeError):  # whether or not the engine finds out that its passes differ
+        hypergradient(*arguments, optimizer=optimizer, engine=engine)
+    assert torch.equal(student.whole, before)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_buffers_that_a_pass_registers_and_tensors_that_it_changes_are_put_back(engine):
+    class Lazy(Student):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", None)
+            self.steps = torch.zeros(1)
+
+        def forward(self, image):
+            logits = super().forward(image)
+            self.mean = logits.mean().detach()
+            self.register_buffer("late", logits.detach().clone())
+            self.steps += 1
+            return logits
+
+    student = Lazy()
+    if engine != "higher":  # which cannot copy such a student's buffers
+        grads_of(student, engine)
+    assert (student.mean, float(student.steps)) == (None, 0.0)
+    assert "late" not in student._buffers
+
+
+def compiled(student, backend):
+    torch._dynamo.reset()
+    return torch.compile(student, backend=backend)
+
+
+@pytest.mark.skipif(not hasattr(torch, "compile"), reason="torch < 2 does not compile")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("engine", [*LIVE, "auto"])
+def test_compiled_students(engine, backend):
+    student = Student()
+    student.dropout.p = 0.0
+    optimizer = with_history(OPTIMIZERS["AdamW"], student)
+    expected = grads_of(student, "higher", optimizer)
+    if engine == "auto":
+        student.compile(backend=backend)  # in place
+        got = grads_of(student, engine, optimizer)
+    else:
+        got = grads_of(compiled(student, backend), engine, optimizer)
+    assert distance(got, expected) <= 1e-6
+
+
+class Framework(nn.Module):
+    """A student that is entered through a method, as mmseg's are."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = Student()
+
+    def encode_decode(self, image, metas):
+        return self.backbone(image)
+
+    def forward(self, image, metas, return_loss=True):
+        raise RuntimeError("the host does not come in here")
+
+
+def test_methods_other_than_forward():
+    def entering(closure):
+        return lambda f: closure(lambda image: f.encode_decode(image, []))
+
+    expected = grads_of(Student(), "higher")
+    for engine in LIVE:
+        assert distance(grads_of(Framework(), engine, wrap=entering), expected) <= TOLERANCE[engine]
+    with pytest.raises(AttributeError, match=r"by calling f .*got f\.encode_decode; choose engine='forward' or"):
+        grads_of(Framework(), "higher", wrap=entering)
+
+
+@live_engine
+def test_forward_hooks_and_forwards_of_instances_are_part_of_the_student(engine):
+    class Doubled(Student):
+        def forward(self, image):
+            return 3 * super().forward(image)
+
+    expected = grads_of(Doubled(), "higher")
+    hooked, overridden = Student(), Student()
+    hooked.register_forward_hook(lambda module, inputs, output: 3 * output)
+    plain = overridden.forward
+    overridden.forward = lambda image: 3 * plain(image)
+    for student in (hooked, overridden):
+        with pytest.raises(ValueError, match="engine 'higher'"):
+            grads_of(student, "higher")
+        assert distance(grads_of(student, engine), expected) <= TOLERANCE[engine]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_hooks_on_gradients_are_refused(engine):
+    student = Student()
+    handle = student.first.weight.register_hook(lambda grad: 2 * grad)
+    with pytest.raises(ValueError, match=r"without hooks on gradients .*module 'first' \(Conv2d\)"):
+        grads_of(student, engine)
+    handle.remove()
+    if hasattr(student.first, "register_full_backward_hook"):  # torch >= 1.8
+        student.first.register_full_backward_hook(lambda *_: None)
+        with pytest.raises(ValueError, match="without hooks on gradients"):
+            grads_of(student, engine)
+
+
+@needs_torch_2
+def test_a_parameter_that_forward_mode_cannot_replace_is_found_out():
+    class Aside(nn.Module):
+        """Keeps its parameter where no module looks."""
+
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.full((1,), 1.5).double())
+            self.aside = [self.factor]
+
+        def forward(self, x):
+            return x * self.aside[0]
+
+    student = with_layer(Aside())
+    student.dropout.aside = [student.dropout.factor]  # .double() has replaced it
+    with pytest.raises(RuntimeError, match=r"\(engine 'forward'\), got slope"):
+        grads_of(student, "forward")
+    with pytest.warns(UserWarning, match=r"all passes of inner_loss to be one function"):
+        got = grads_of(student, "auto")
+    student.dropout.forward = lambda x: x * student.dropout.factor
+    assert distance(got, grads_of(student, "forward")) <= 1e-6
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_parameters_that_share_a_gradient_do_not_share_its_memory(engine):
+    """Autograd hands one tensor to both terms of a sum, and an expanded one to a bias."""
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Parameter(torch.full((3, 3), value).double()) for value in (0.1, 0.2, 0.3))
+
+        def forward(self, x):
+            return x @ (self.a + self.b) + self.c
+
+    student, omega, x = Sum(), torch.ones(3, dtype=torch.float64, requires_grad=True), randn(3, 3)
+    optimizer = torch.optim.SGD([{"params": [student.a, student.c]}, {"params": [student.b], "lr": 0.3}], lr=0.1)
+    result = hypergradient(
+        student,
+        lambda f: (f(x) * omega).sum(),
+        lambda f: f(x).sum(),
+        [omega],
+        optimizer=optimizer,
+        engine=engine,
+        backward=True,
+    )
+    # d w / d omega is -lr times what d inner / d w holds of omega: x^T 1 for a and b, 1 for c
+    column = x.sum(0)
+    expected = -(0.4 * float(column @ column) + 0.1 * 3) * torch.ones(3, dtype=torch.float64)
+    assert distance(result.grads, [expected]) <= TOLERANCE[engine]
+    for parameter in student.parameters():
+        before = [other.grad.clone() for other in student.parameters()]
+        parameter.grad.add_(1.0)
+        changed = [not torch.equal(a, other.grad) for a, other in zip(before, student.parameters())]
+        assert sum(changed) == 1
+
+
+@pytest.mark.skipif(not hasattr(torch, "autocast"), reason="torch < 1.10 has no autocast on the CPU")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_autocast_does_not_keep_the_weights_of_another_pass(engine):
+    """Its cache holds bfloat16 copies of parameters until the outermost context ends."""
+    student = Student().float()
+    net, inner, outer = problem(torch.float32)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
+    results, image = [], randn(2, 3, 8, 8).float()
+    for filled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            if filled:
+                student(image).sum().backward()
+                student.zero_grad()
+            torch.manual_seed(0)
+            arguments = (student, inner, outer, list(net.parameters()))
+            results.append(hypergradient(*arguments, optimizer=optimizer, engine=engine))
+            with torch.no_grad():  # and afterwards the cache holds the live weights
+                assert torch.equal(copy.deepcopy(student).eval()(image), student.eval()(image))
+                student.train()
+    assert results[0].outer_loss_after == results[1].outer_loss_after
+    torch.manual_seed(0)
+    exact = hypergradient(student, inner, outer, list(net.parameters()), optimizer=optimizer)
+    moved = abs(exact.outer_loss_after - exact.outer_loss_before)
+    assert abs(results[0].outer_loss_after - exact.outer_loss_after) < 0.1 * moved
+    assert distance(results[1].grads, exact.grads) <= 0.1
+
+
+def test_tf32_is_off_for_differences_on_a_gpu_and_then_as_it_was():
+    """The switches exist without a GPU too; its parameters are played by a stand-in."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+
+    def switches():
+        if hasattr(cudnn, "conv"):  # torch >= 2.9
+            return [matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision]
+        return [matmul.allow_tf32, cudnn.allow_tf32]
+
+    before, inside = switches(), []
+
+    def failing():
+        with without_tf32([SimpleNamespace(is_cuda=True)]):
+            inside.extend(switches())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        failing()
+    assert set(inside) in ({"ieee"}, {False})
+    assert switches() == before != inside
+
+
+@needs_torch_2
+def test_half_precision_parameters_are_refused_by_differences():
+    student = Student().to(torch.bfloat16)
+
+    def cast(closure):
+        return lambda f: closure(lambda image: f(image.to(torch.bfloat16)).double())
+
+    with pytest.raises(
+        ValueError, match=r"in float32 or float64 \(engine 'finite_difference'\), got torch.bfloat16; keep float32"
+    ):
+        grads_of(student, "finite_difference", wrap=cast)
+
+
+def held():
+    """Live tensors that python sees, and the process's resident bytes (Linux), in which a graph that C++ keeps alive shows."""
+    gc.collect()
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    resident = [1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS")]
+    return sum(1 for entry in gc.get_objects() if issubclass(type(entry), torch.Tensor)), sum(resident)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_memory_does_not_grow_over_200_steps(engine):
+    student = Student()
+    net, inner, outer = problem(size=32)
+    optimizer = with_history(OPTIMIZERS["AdamW"], student)
+    before = after = (0, 0)
+    for i in range(220):
+        arguments = (student, inner, outer, list(net.parameters()))
+        hypergradient(*arguments, optimizer=optimizer, engine=engine, backward=i % 2 == 0)
+        optimizer.zero_grad()
+        if i == 19:
+            before = held()
+    after = held()
+    assert after[0] <= before[0]
+    assert after[1] - before[1] < 30e6  # one pass's graph holds more than 0.5 MB: 200 of them, 100 MB
+
+
+@pytest.mark.skipif(not hasattr(torch, "func"), reason="the profiler of old versions does not report memory this way")
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", ["momentum", "AdamW"])
+@live_engine
+def test_at_most_three_copies_of_the_parameters_beside_a_plain_step(engine, kind, shared):
+    """On a student that is nothing but parameters: 30 layers of 64 x 64 for one pixel."""
+    from torch.profiler import ProfilerActivity, profile
+
+    student = nn.Sequential(*(nn.Linear(64, 64) for _ in range(30)))
+    optimizer = OPTIMIZERS[kind](student.parameters())
+    x, omega = torch.ones(1, 64), torch.ones(1, requires_grad=True)
+    size = sum(4 * parameter.numel() for parameter in student.parameters())
+
+    def plain():
+        optimizer.zero_grad()
+        (student(x) - omega.detach()).pow(2).mean().backward()
+        optimizer.step()
+
+    def meta():
+        optimizer.zero_grad()
+        hypergradient(
+            student,
+            lambda f: (f(x) - omega).pow(2).mean(),
+            lambda f: f(x).pow(2).mean(),
+            [omega],
+            optimizer=optimizer,
+            engine=engine,
+            backward=shared,
+        )
+
+    def peak(work):
+        """Of what is allocated while the work runs, from the allocator's own reports."""
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            work()
+        held, highest = 0, 0
+        for event in profiler.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                highest = max(highest, held)
+        return highest
+
+    plain(), meta()
+    optimizer.zero_grad()
+    assert size > 400_000
+    assert peak(plain) >= 0.9 * size  # the gradients: the reports are there
+    optimizer.zero_grad()
+    # Three copies, and the temporaries of one layer of thirty.
+    assert peak(meta) <= 3.4 * size

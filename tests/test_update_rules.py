@@ -1,0 +1,186 @@
+"""The closed forms against torch's own optimizers, and their slopes against autograd."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import OPTIMIZERS, Student, distance, generator, problem, really_step, with_history
+from torch import nn
+
+from dacal_addon import hypergradient
+from dacal_addon.engines.update_rules import RULES, step_of
+
+HAS_MAXIMIZE = "maximize" in torch.optim.SGD([torch.zeros(1)], lr=0.1).defaults
+
+share = st.floats(0.0, 0.99)
+common = {"lr": st.floats(1e-4, 1.0), "weight_decay": st.sampled_from([0.0, 0.1])}
+if HAS_MAXIMIZE:
+    common["maximize"] = st.booleans()
+adam = {**common, "betas": st.tuples(share, share), "eps": st.sampled_from([1e-8, 1e-3]), "amsgrad": st.booleans()}
+optimizers = st.one_of(
+    st.tuples(st.just(torch.optim.SGD), st.fixed_dictionaries({**common, "momentum": share, "dampening": share})),
+    st.tuples(
+        st.just(torch.optim.SGD),
+        st.fixed_dictionaries({**common, "momentum": st.floats(0.1, 0.99), "nesterov": st.just(True)}),
+    ),
+    st.tuples(st.sampled_from([torch.optim.Adam, torch.optim.AdamW]), st.fixed_dictionaries(adam)),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(made=optimizers, steps=st.integers(0, 3), seed=st.integers(0, 99))
+def test_rules_are_torchs_own_and_slopes_are_their_derivatives(made, steps, seed):
+    kind, options = made
+    parameter = torch.randn(5, generator=generator(seed), dtype=torch.float64, requires_grad=True)
+    optimizer = kind([parameter], **options)
+    for i in range(steps + 1):
+        grad = torch.randn(5, generator=generator(1000 + 10 * seed + i), dtype=torch.float64)
+        grad[0] = 0.0  # as of a unit that never fires
+        if i == steps:
+            break
+        parameter.grad = grad
+        optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    group, state = optimizer.param_groups[0], optimizer.state.get(parameter, {})
+    rule = RULES[kind]
+    leaf = grad.clone().requires_grad_()
+    updated = rule.update(parameter.detach(), leaf, group, state)
+    (derivative,) = torch.autograd.grad(updated.sum(), leaf)
+    slope = rule.slope(parameter.detach(), grad, group, state)
+    np.testing.assert_allclose(torch.as_tensor(slope, dtype=torch.float64).expand(5), derivative, rtol=1e-9, atol=1e-12)
+    assert str(optimizer.state_dict()) == str(before)
+    parameter.grad = grad
+    optimizer.step()
+    np.testing.assert_allclose(updated.detach(), parameter.detach(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("clip_norm", [1e-3, 0.5, 1e6])
+def test_clipping_is_torchs_and_its_pull_back_its_transposed_jacobian(clip_norm):
+    grads = [torch.randn(3, generator=generator(i), dtype=torch.float64) for i in (1, 2)]
+    parameters = [torch.zeros(3, dtype=torch.float64, requires_grad=True) for _ in grads]
+    step = step_of(torch.optim.SGD(parameters[:1], lr=0.1), parameters, clip_norm=clip_norm)
+
+    def updated(flat):
+        """By torch's own formula; only the first parameter is the optimizer's, and both count in the norm."""
+        return -0.1 * flat[:3] * (clip_norm / (flat.norm() + 1e-6)).clamp(max=1.0)
+
+    for parameter, grad in zip(parameters, grads):
+        parameter.grad = grad.clone()
+    norm = float(nn.utils.clip_grad_norm_(parameters, clip_norm))
+    clipped = step.updated(0, torch.zeros(3).double(), grads[0] * step.scale(norm))
+    np.testing.assert_allclose(clipped, -0.1 * parameters[0].grad, rtol=1e-9)
+    assert step.updated(1, torch.zeros(3).double(), grads[1]) is None
+    flat = torch.cat(grads).requires_grad_()
+    cotangent = torch.randn(3, generator=generator(3), dtype=torch.float64)
+    (expected,) = torch.autograd.grad(updated(flat), flat, cotangent)
+    pulled = [cotangent.clone(), torch.ones(3, dtype=torch.float64)]
+    step.pull_back([p.detach() for p in parameters], grads, pulled, norm)
+    got = torch.cat([torch.zeros(3).double() if p is None else p for p in pulled])
+    np.testing.assert_allclose(got, expected, rtol=1e-9)
+
+
+def rmsprop(parameter, grad, group, state):
+    """torch.optim.RMSprop without momentum, as a host would write it."""
+    square = group["alpha"] * state["square_avg"] + (1 - group["alpha"]) * grad * grad
+    return parameter - group["lr"] * grad / (square.sqrt() + group["eps"])
+
+
+@pytest.mark.parametrize("engine", ["higher", "finite_difference", "auto"])
+@pytest.mark.parametrize("clip_norm", [None, 0.05])
+def test_an_update_rule_of_the_hosts_own(engine, clip_norm):
+    student = Student()
+    net, inner, outer = problem()
+    optimizer = with_history(lambda p: torch.optim.RMSprop(p, lr=0.01, eps=1e-3), student)
+    results = []
+    for each in ("higher", engine):
+        torch.manual_seed(0)
+        results.append(
+            hypergradient(
+                student,
+                inner,
+                outer,
+                list(net.parameters()),
+                optimizer=optimizer,
+                engine=each,
+                update_rule=rmsprop,
+                clip_norm=clip_norm,
+            )
+        )
+    assert distance(results[1].grads, results[0].grads) <= 1e-6
+    torch.manual_seed(0)
+    updated = really_step(student, optimizer, inner, clip_norm)
+    with torch.no_grad():
+        assert results[1].outer_loss_after.item() == pytest.approx(outer(updated).item(), rel=1e-10)
+
+
+class Renamed(torch.optim.SGD):
+    pass
+
+
+def with_pre_hook(parameters):
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    optimizer._optimizer_step_pre_hooks = {0: lambda *_: None}  # what register_step_pre_hook fills (torch >= 2.0)
+    return optimizer
+
+
+def of_the_future(parameters):
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    optimizer.defaults["look_ahead"] = False
+    optimizer.param_groups[0]["look_ahead"] = 3
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "error", "expected"),
+    [
+        (lambda p: torch.optim.RMSprop(p), {}, TypeError, r"got torch\.optim\.rmsprop\.RMSprop; pass update_rule"),
+        (lambda p: Renamed(p, lr=0.1), {}, TypeError, r"got test_update_rules\.Renamed; pass update_rule"),
+        (lambda p: "adam", {}, TypeError, r"a torch\.optim\.Optimizer, got builtins\.str; pass the one inside"),
+        (with_pre_hook, {}, ValueError, r"without step hooks"),
+        (
+            of_the_future,
+            {},
+            ValueError,
+            r"torch\.optim\.SGD that are known here, got look_ahead=3 in param group 0; pass update",
+        ),
+        (lambda p: torch.optim.SGD(p, lr=0.1), {"clip_norm": 0.0}, ValueError, r"clip_norm > 0, the max_norm .*got 0.0"),
+        (
+            lambda p: torch.optim.SGD(p, lr=0.1),
+            {"update_rule": lambda p, g, group, state: None},
+            ValueError,
+            r"update_rule to return the updated parameter \(8, 3, 3, 3\), got NoneType",
+        ),
+        (
+            lambda p: torch.optim.SGD(p, lr=0.1),
+            {"update_rule": lambda p, g, group, state: p - g.detach()},
+            ValueError,
+            r"update_rule to be differentiable with respect to grad",
+        ),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(make, options, error, expected):
+    student = Student()
+    net, inner, outer = problem()
+    with pytest.raises(error, match=expected):
+        hypergradient(
+            student,
+            inner,
+            outer,
+            list(net.parameters()),
+            optimizer=make(student.parameters()),
+            engine="finite_difference",
+            **options,
+        )
+
+
+def test_complex_parameters_are_refused():
+    with pytest.raises(ValueError, match="real parameters, got complex ones"):
+        step_of(torch.optim.SGD([torch.zeros(2)], lr=0.1), [torch.zeros(2, dtype=torch.complex64)])
+
+
+def test_every_supported_optimizer_is_among_the_tested_ones():
+    tested = {type(make([torch.zeros(1, requires_grad=True)])) for make in OPTIMIZERS.values()}
+    assert set(RULES) <= tested
