@@ -11,20 +11,19 @@ smaller by as much.
 
 import argparse
 import statistics
-import subprocess
-import sys
-import time
-from pathlib import Path
+from functools import partial
 from typing import Callable, Dict, List
 
 import torch
 import torch.nn.functional as F
+from measuring import peak_bytes, peak_in_fresh_process, seconds
 from networks import ResidualSegmenter
 
 from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler
 from dacal_addon.mixing import class_mask, mix
 
 CLASSES = 19
+ENGINES = ["higher", "forward", "finite_difference"] if hasattr(torch, "func") else ["higher", "finite_difference"]
 
 
 def pieces(size: int, device: torch.device) -> Dict[str, Callable[[], object]]:
@@ -40,13 +39,17 @@ def pieces(size: int, device: torch.device) -> Dict[str, Callable[[], object]]:
     net = MetaTemperatureNet(CLASSES).to(device)
     rich_net = MetaTemperatureNet(CLASSES, feature_channels=student.feature_channels).to(device)
     labeler = SoftPseudoLabeler(net)
-    calibrate = BilevelCalibrationStep(
-        student,
-        labeler,
-        optimizer=optimizer,
-        meta_optimizer=torch.optim.Adam(net.parameters(), lr=3e-4),
-        warmup=0,
-    )
+    calibrate = {
+        engine: BilevelCalibrationStep(
+            student,
+            labeler,
+            optimizer=optimizer,
+            meta_optimizer=torch.optim.Adam(net.parameters(), lr=3e-4),
+            engine=engine,
+            warmup=0,
+        )
+        for engine in ENGINES
+    }
     with torch.no_grad():
         features = student.features(image)
 
@@ -71,36 +74,14 @@ def pieces(size: int, device: torch.device) -> Dict[str, Callable[[], object]]:
         "SoftPseudoLabeler, all of it": without_grad(lambda: labeler(logits)),
         "class_mask": lambda: class_mask(label, generator=g),
         "mix, soft labels": lambda: mix(label.unsqueeze(1) > 9, label, logits),
-        "meta-step, engine higher": lambda: calibrate(image, label, image, logits),
+        **{f"meta-step, engine {name}": partial(step, image, label, image, logits) for name, step in calibrate.items()},
     }
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    begun = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begun
-
-
-def resident_bytes(field: str) -> int:
-    """Of this process, from Linux: "VmRSS" now, "VmHWM" at its highest. (getrusage's maximum starts at the parent's.)"""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError(f"resident_bytes: expected {field} in /proc/self/status, got none; run on Linux or with --device cuda")
-
-
-def peak_bytes(name: str, size: int, device: torch.device) -> int:
-    """Peak memory of training (network, gradients, optimizer's state, activations) in this process, with one more piece."""
-    held = 0 if device.type == "cuda" else resident_bytes("VmRSS")
+def training(name: str, size: int, device: torch.device) -> Callable[[], object]:
+    """A training step (network, gradients, optimizer's state, activations) and one more piece."""
     works = pieces(size, device)
-    for _ in range(3):
-        works["plain training step"]()
-        works[name]()
-    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes("VmHWM")) - held
+    return lambda: (works["plain training step"](), works[name]())
 
 
 def main() -> None:
@@ -112,7 +93,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     if options.peak_of:
-        print(peak_bytes(options.peak_of, options.size, device))
+        print(peak_bytes(lambda: training(options.peak_of, options.size, device), device))
         return
 
     works = pieces(options.size, device)
@@ -122,10 +103,11 @@ def main() -> None:
             elapsed = seconds(work, device)
             if run:  # the first one warms up
                 times[name].append(elapsed)
-    arguments = [sys.executable, __file__, "--size", str(options.size), "--device", options.device, "--peak-of"]
+    arguments = [__file__, "--size", str(options.size), "--device", options.device, "--peak-of"]
     peaks = {
-        name: int(subprocess.run([*arguments, name], check=True, stdout=subprocess.PIPE).stdout)
-        for name in ("plain training step", "meta-step, engine higher")
+        name: peak_in_fresh_process(*arguments, name)
+        for name in works
+        if name == "plain training step" or name.startswith("meta-step")
     }
     print(f"{CLASSES} x {options.size} x {options.size}, torch {torch.__version__}, {device}")
     print(f"{'':<36}{'ms':>8}{'student forwards':>19}{'peak memory':>14}")

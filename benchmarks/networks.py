@@ -1,18 +1,25 @@
 """Networks of a realistic size, against which the benchmarks measure."""
 
+from typing import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Activation = Callable[[], nn.Module]
+
 
 class _Residual(nn.Module):
-    def __init__(self, inputs: int, outputs: int, *, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, *, stride: int, activation: Activation = nn.ReLU) -> None:
         super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+        self.first = nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), activation())
         self.second = nn.Sequential(nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs))
         self.skip = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.last = activation()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.second(self.first(x)) + self.skip(x))
+        total: Tensor = self.last(self.second(self.first(x)) + self.skip(x))
+        return total
 
 
 class ResidualSegmenter(nn.Module):
@@ -47,3 +54,62 @@ class ResidualSegmenter(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         logits: Tensor = self.head(F.relu(self.features(image)))
         return logits
+
+
+class _Attention(nn.Module):
+    """A transformer layer over the pixels of a feature map, with torch's fused attention."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before, self.between = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.qkv, self.project = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+        self.mlp = nn.Sequential(nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        tokens = x.flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(self.before(tokens)).view(n, h * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h * w, c)
+        tokens = tokens + self.project(attended)
+        tokens = tokens + self.mlp(self.between(tokens))
+        pixels: Tensor = tokens.transpose(1, 2).reshape(n, c, h, w)
+        return pixels
+
+
+class AttentionSegmenter(nn.Module):
+    """A U-Net (Ronneberger et al., MICCAI 2015) with BatchNorm, dropout, and attention at a sixteenth: 4.3 M parameters.
+
+    It computes 0.13 million products per pixel; hosts' students do several times as many (MiT-B5 with DAFormer's head about
+    0.8), so that what does not depend on the student weighs less there.
+    """
+
+    def __init__(self, num_classes: int, *, activation: Activation = nn.ReLU) -> None:
+        super().__init__()
+        widths = (32, 64, 96, 160, 256)
+        self.stem = _convolutions(3, widths[0], activation)
+        self.down = nn.ModuleList(_Residual(a, b, stride=2, activation=activation) for a, b in zip(widths, widths[1:]))
+        self.attention = nn.Sequential(*(_Attention(256, heads=8) for _ in range(3)))
+        self.lateral = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(widths, widths[1:]))
+        self.up = nn.ModuleList(_convolutions(2 * width, width, activation) for width in widths[:-1])
+        self.dropout = nn.Dropout2d(0.1)
+        self.head = nn.Conv2d(widths[0], num_classes, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        levels = [self.stem(image)]
+        for down in self.down:
+            levels.append(down(levels[-1]))
+        x = self.attention(levels.pop())
+        for lateral, up in zip(reversed(self.lateral), reversed(self.up)):
+            skip = levels.pop()
+            x = F.interpolate(lateral(x), size=skip.shape[-2:], mode="bilinear", align_corners=False)
+            x = up(torch.cat([skip, x], dim=1))
+        logits: Tensor = self.head(self.dropout(x))
+        return logits
+
+
+def _convolutions(inputs: int, outputs: int, activation: Activation) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), activation(),
+        nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), activation(),
+    )  # fmt: skip
