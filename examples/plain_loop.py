@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, metrics, soft_cross_entropy
+from dacal_addon.engines import ENGINES
 from dacal_addon.mixing import class_mask, mix
 
 CLASSES = 4
@@ -46,6 +47,7 @@ def network() -> nn.Sequential:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--labels", choices=("dacal", "hard"), default="dacal", help="how target images are labelled")
+    parser.add_argument("--engine", choices=ENGINES, default="higher", help="how the hypergradient is computed")
     parser.add_argument("--iters", type=int, default=400, help="iterations, of which the first quarter is the warm-up")
     parser.add_argument("--batch", type=int, default=8, help="images of each domain")
     parser.add_argument("--seed", type=int, default=0)
@@ -65,6 +67,7 @@ def main() -> None:
         labeler,
         optimizer=optimizer,
         meta_optimizer=torch.optim.Adam(temperature_net.parameters(), lr=3e-4),
+        engine=options.engine,
         warmup=options.iters // 4,
     )
     # DA-Cal: end
