@@ -75,6 +75,42 @@ def test_differences_find_a_stop_gradient_that_they_cannot_see():
         grads_of(Student(), "finite_difference", wrap=stopping)
 
 
+@live_engine
+def test_a_loss_that_changes_from_call_to_call_is_found_out(engine):
+    calls = []
+
+    def drifting(closure):
+        def run(f):
+            calls.append(1)
+            return closure(f) + 0.1 * len(calls)
+
+        return run
+
+    with pytest.raises(RuntimeError, match=r"got loss .* where the inner pass had"):
+        grads_of(Student(), engine, wrap=drifting)
+
+
+@needs_torch_2
+@live_engine
+def test_a_transformer_layer_in_eval_mode_computes_what_it_does_in_training(engine):
+    """Without gradients it would take the inference kernel, which has no forward derivative."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(1)
+                self.layer = nn.TransformerEncoderLayer(8, 2, 16, activation="gelu", batch_first=True)
+
+        def forward(self, x):
+            return self.layer(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
+
+    student = with_layer(Layer())
+    optimizer = with_history(OPTIMIZERS["momentum"], student)
+    student.eval()
+    assert distance(grads_of(student, engine, optimizer), grads_of(student, "higher", optimizer)) <= TOLERANCE[engine]
+
+
 class Attention(nn.Module):
     """Self-attention over the pixels, by the fused function or by torch's module."""
 
