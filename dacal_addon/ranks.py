@@ -21,9 +21,10 @@ class Ranks:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self._group = {} if group is None else {"group": group}  # torch 1.7 does not know None
         self.size: int = torch.distributed.get_world_size(**self._group) if distributed else 1
+        self.rank: int = torch.distributed.get_rank(**self._group) if distributed else 0
         if self.size < 1:
             remedy = "pass a group with this rank in it"
-            raise problem("hypergradient", expected="process_group to contain this rank", got="another group", remedy=remedy)
+            raise problem("Ranks", expected="the process group to contain this rank", got="another group", remedy=remedy)
 
     def average(self, tensors: Sequence[Optional[Tensor]], like: Sequence[Tensor]) -> List[Optional[Tensor]]:
         """The mean of each tensor over the ranks, the same to the bit on each; in place where there is a tensor.
@@ -60,14 +61,23 @@ class Ranks:
         """Whether the flag is set on any rank."""
         return float(self.average_number(like.new_full((), float(flag)))) > 0
 
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks; on the tensor's own device, also where the group can only send from a GPU."""
+        if self.size == 1 or not tensor.numel():  # gloo refuses to send nothing
+            return tensor.clone()
+        through = torch.distributed.get_backend(**self._group) == "nccl" and tensor.device.type != "cuda"
+        # Flat, and a copy: the sum is taken in place.
+        value = tensor.reshape(-1).to("cuda" if through else tensor.device, copy=True)
+        self._sum(value)
+        return value.to(tensor.device).view(tensor.shape)
+
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite them with those of the group's first rank."""
         if self.size == 1:
             return
-        first = torch.distributed.get_rank(**self._group) == 0
         for tensor in tensors:
             # A sum with zeros, because a broadcast wants the first rank's number in the world, which old versions cannot tell.
-            value = tensor.detach().clone() if first else torch.zeros_like(tensor)
+            value = tensor.detach().clone() if self.rank == 0 else torch.zeros_like(tensor)
             self._sum(value)
             tensor.data.copy_(value)
 

@@ -1,101 +1,124 @@
+"""The metrics against definitions computed pixel by pixel in float64, and what the class promises about its counts."""
+
+import copy
+import io
 import math
 
 import numpy as np
+import oracles
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.special import log_softmax, softmax
+from oracles import flat, predictions, top
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import accuracy_score, jaccard_score, log_loss
+from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score, log_loss
 
 from dacal_addon import metrics
+from dacal_addon.metrics import CalibrationStats, boundary_mask
 
 seeds = st.integers(0, 10**6)
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+EXACT = ["ece", "mce", "nll", "brier", "accuracy", "miou", "mean_confidence"]
+ORDERED = ["ks", "smece", "aurc"]
 
 
-def predictions(seed=0, shape=(3, 4, 5, 6), dtype=torch.float64):
-    g = torch.Generator().manual_seed(seed)
-    z = (3 * torch.randn(shape, generator=g, dtype=torch.float64)).to(dtype)
-    target = torch.randint(0, shape[1], (shape[0], *shape[2:]), generator=g)
-    target[torch.rand(target.shape, generator=g) < 0.3] = 255
-    return z, target
-
-
-def flat(z, target):
-    """Probabilities (P, C) and labels (P,) of the valid pixels, by numpy."""
-    p = softmax(z.double().numpy(), axis=1).transpose(0, 2, 3, 1).reshape(-1, z.shape[1])
-    y = target.numpy().reshape(-1)
-    return p[y != 255], y[y != 255]
-
-
-def brute_ece(p, y, n_bins):
-    confidence, right = p.max(1), p.argmax(1) == y
-    total = 0.0
-    for b in range(n_bins):
-        inside = (confidence > b / n_bins) & (confidence <= (b + 1) / n_bins)
-        if b == 0:
-            inside |= confidence == 0
-        if inside.any():
-            total += inside.sum() * abs(right[inside].mean() - confidence[inside].mean())
-    return total / len(y)
-
-
-@settings(max_examples=30, deadline=None)
-@given(seeds, st.integers(1, 30), st.integers(2, 9))
-def test_ece_equals_brute_force(seed, n_bins, classes):
-    z, target = predictions(seed, (2, classes, 5, 6))
-    p, y = flat(z, target)
-    assert metrics.ece(z, target, input="logits", n_bins=n_bins) == pytest.approx(brute_ece(p, y, n_bins), abs=1e-12)
-
-
-@settings(max_examples=20, deadline=None)
-@given(seeds)
-def test_the_other_figures_equal_scikit_learns(seed):
-    z, target = predictions(seed)
-    p, y = flat(z, target)
-    assert metrics.accuracy(z, target, input="logits") == pytest.approx(accuracy_score(y, p.argmax(1)), abs=1e-12)
-    assert metrics.miou(z, target, input="logits") == pytest.approx(jaccard_score(y, p.argmax(1), average="macro"), abs=1e-12)
-    assert metrics.nll(z, target, input="logits") == pytest.approx(log_loss(y, p, labels=range(4)), abs=1e-9)
-    assert metrics.mean_confidence(z, target, input="logits") == pytest.approx(p.max(1).mean(), abs=1e-12)
-
-
-def test_reliability_equals_scikit_learns_curve():
-    z, target = predictions(1, (4, 3, 40, 40))
-    p, y = flat(z, target)
-    table = metrics.reliability(z, target, input="logits", n_bins=10)
-    accuracy, confidence = calibration_curve(p.argmax(1) == y, p.max(1), n_bins=10)
-    filled = table.pixels > 0
-    np.testing.assert_allclose(table.accuracy[filled], accuracy, atol=1e-12)
-    np.testing.assert_allclose(table.confidence[filled], confidence, atol=1e-12)
-    assert int(table.pixels.sum()) == len(y)
-
-
-@settings(max_examples=20, deadline=None)
-@given(seeds)
-def test_logits_probabilities_and_log_probabilities_agree(seed):
-    z, target = predictions(seed)
-    for metric in (metrics.ece, metrics.nll, metrics.accuracy, metrics.miou, metrics.mean_confidence):
-        reference = metric(z, target, input="logits")
-        assert metric(torch.softmax(z, 1), target, input="probs") == pytest.approx(reference, abs=1e-9)
-        assert metric(log_softmax(z.numpy(), 1), target.numpy(), input="log_probs") == pytest.approx(reference, abs=1e-9)
-
-
-@settings(max_examples=20, deadline=None)
-@given(seeds)
-def test_order_layout_and_ignored_pixels_do_not_matter(seed):
-    z, target = predictions(seed)
-    reference = [metric(z, target, input="logits") for metric in (metrics.ece, metrics.miou, metrics.nll)]
-    order = torch.randperm(3, generator=torch.Generator().manual_seed(seed))
-    shuffled = z[order].contiguous(memory_format=torch.channels_last)
-    spoilt = torch.where((target[order] == 255).unsqueeze(1), torch.full_like(z, np.nan), shuffled)
-    got = [metric(spoilt, target[order], input="logits") for metric in (metrics.ece, metrics.miou, metrics.nll)]
-    np.testing.assert_allclose(got, reference, rtol=1e-12)
+def counted(z, target, region=None, **options):
+    stats = CalibrationStats(z.shape[1], input="logits", **options)
+    stats.update(z, target, region)
+    return stats
 
 
 def two_class(confidences):
     p = torch.tensor(confidences, dtype=torch.float64)
     return torch.stack([p, 1 - p]).view(1, 2, 1, -1)
+
+
+def as_input(z, kind):
+    return {"logits": z, "probs": torch.softmax(z.double(), 1), "log_probs": torch.log_softmax(z.double(), 1)}[kind]
+
+
+def figures(stats):
+    values = [getattr(stats, name)() for name in EXACT + ORDERED]
+    return [*values, stats.ece(binning="mass"), stats.ece(norm="l2", debias=True)]
+
+
+# Definitions
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seeds, st.integers(1, 30), st.integers(2, 150), st.sampled_from(DTYPES), st.sampled_from(["logits", "probs", "log_probs"])
+)
+def test_everything_exact_equals_brute_force(seed, n_bins, classes, dtype, kind):
+    z, target = predictions(seed, (2, classes, 5, 6), dtype=dtype)
+    p, y = flat(z, target)
+    stats = CalibrationStats(classes, input=kind, n_bins=n_bins, classwise=True)
+    stats.update(as_input(z, kind), target)
+    for norm, debias in (("l1", False), ("l2", False), ("l2", True), ("max", False)):
+        expected = oracles.width_ece(p, y, n_bins, norm=norm, debias=debias)
+        assert stats.ece(norm=norm, debias=debias) == pytest.approx(expected, abs=1e-9)
+    assert stats.mce() == stats.ece(norm="max")
+    by_class = oracles.classwise(p, y, n_bins)
+    assert stats.classwise_ece(None).numpy() == pytest.approx(by_class, abs=1e-9)
+    assert stats.classwise_ece() == pytest.approx(by_class.mean(), abs=1e-9)
+    assert stats.classwise_ece("prevalence") == pytest.approx(by_class[y].mean(), abs=1e-9)
+    assert stats.brier() == pytest.approx(oracles.brier(p, y), abs=1e-9)
+    assert stats.nll() == pytest.approx(log_loss(y, p, labels=range(classes)), abs=1e-9)
+    assert stats.mean_confidence() == pytest.approx(p.max(1).mean(), abs=1e-9)
+    predicted = z.double().numpy().transpose(0, 2, 3, 1).reshape(-1, classes).argmax(1)[target.numpy().reshape(-1) != 255]
+    assert stats.accuracy() == pytest.approx(accuracy_score(y, predicted), abs=1e-12)
+    assert stats.miou() == pytest.approx(jaccard_score(y, predicted, average="macro", zero_division=0), abs=1e-12)
+    assert (stats.confusion().numpy() == confusion_matrix(y, predicted, labels=range(classes))).all()
+    assert stats.pixels == len(y)
+    assert stats.class_pixels().tolist() == np.bincount(y, minlength=classes).tolist()
+
+
+@pytest.mark.parametrize("saturated", [False, True])
+def test_what_needs_an_order_is_within_a_cell_of_the_definition(saturated):
+    """Also with a third of the confidences equal to 1 in float32, where equal steps of confidence would not tell them apart."""
+    z, target = predictions(1, (1, 5, 300, 400), sharpness=3.0, ignored=0.1)
+    if saturated:
+        z[:, 0, :150] += 21
+    p, y = flat(z.float(), target)
+    confidence, right = top(p, y)
+    stats = counted(z.float(), target, classwise=True)
+    assert not saturated or 0.2 < (confidence.astype(np.float32) == 1).mean() < 0.5
+    assert stats.ks() == pytest.approx(oracles.ks(confidence, right), rel=1e-3)
+    assert stats.aurc() == pytest.approx(oracles.aurc(confidence, right), rel=1e-3)
+    assert stats.ece(binning="mass") == pytest.approx(oracles.mass_ece(confidence, right), rel=1e-3)
+    assert stats.ece(binning="mass", norm="l2") == pytest.approx(oracles.mass_ece(confidence, right, norm="l2"), rel=1e-3)
+    some = slice(None, None, 40)
+    few = CalibrationStats(5, input="probs")
+    few.update(p[some].T.reshape(1, 5, 1, -1), y[some].reshape(1, 1, -1))
+    expected = oracles.smooth_ece(confidence[some], right[some], points=600)
+    assert few.smece() == pytest.approx(expected, rel=2e-3)
+    expected = oracles.classwise(p, y, error=oracles.mass_ece)
+    assert stats.classwise_ece(None, binning="mass").numpy() == pytest.approx(expected, rel=5e-3)
+
+
+def test_equal_confidences_are_in_no_order():
+    """AURC is the mean over all orders; equal-mass bins share them, so that a permutation changes nothing."""
+    confidence = np.repeat([0.95, 0.7, 0.55], [4, 7, 3])
+    right = np.array([1, 1, 1, 0, 1, 0, 1, 0, 1, 1, 0, 0, 1, 0])
+    stats = []
+    for order in (np.arange(14), np.random.default_rng(1).permutation(14)):
+        one = CalibrationStats(2, input="probs", n_bins=4)
+        one.update(two_class(confidence[order]), (1 - right[order]).reshape(1, 1, -1))
+        stats.append(one)
+    assert stats[0].ece(binning="mass") == pytest.approx(stats[1].ece(binning="mass"), abs=1e-12)
+    assert stats[0].aurc() == pytest.approx(stats[1].aurc(), abs=1e-12)
+    assert stats[0].aurc() == pytest.approx(oracles.aurc(confidence, right, draws=20_000), abs=1e-3)
+    # 3.5 pixels a bin: 3 x 0.55 (1 right) and half a pixel of 0.7, of which 4/7 are right; and so on.
+    gaps = [1 + 0.5 * 4 / 7 - 1.65 - 0.35, 3.5 * (4 / 7 - 0.7), 3 * (4 / 7 - 0.7) + 0.5 * (0.75 - 0.95), 3.5 * (0.75 - 0.95)]
+    assert stats[0].ece(binning="mass") == pytest.approx(sum(map(abs, gaps)) / 14, abs=1e-12)
+
+
+def test_equal_scores_are_predicted_as_argmax_does():
+    z = torch.zeros(1, 3, 1, 4)
+    z[0, 1:, 0, 2:] = 1.0
+    stats = counted(z, torch.tensor([[[0, 1, 1, 2]]]))
+    assert stats.confusion().tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 0]]
 
 
 def test_bins_are_closed_on_the_right():
@@ -105,26 +128,172 @@ def test_bins_are_closed_on_the_right():
     assert (table.lower.tolist(), table.upper.tolist()) == ([0, 0.25, 0.5, 0.75], [0.25, 0.5, 0.75, 1])
 
 
+@pytest.mark.parametrize("classes", range(2, 16))
+def test_a_confidence_on_an_edge_stays_there_however_it_is_computed(classes):
+    """Equal logits have confidence 1 / C, an edge of 15 bins for C = 3, 5, 15, up to rounding."""
+    z = torch.full((1, classes, 1, 1), 0.1)
+    for n_bins in (classes, 15):
+        table = metrics.reliability(z, torch.zeros(1, 1, 1).long(), input="logits", n_bins=n_bins)
+        assert int(table.pixels.argmax()) == math.ceil(round(n_bins / classes, 9)) - 1
+
+
+def test_the_diagram_equals_scikit_learns():
+    z, target = predictions(5, shape=(3, 4, 30, 30))
+    confidence, right = top(*flat(z, target))
+    table = metrics.reliability(z, target, input="logits", n_bins=10)
+    accuracy, mean = calibration_curve(right, confidence, n_bins=10)
+    filled = table.pixels > 0
+    assert table.accuracy[filled].numpy() == pytest.approx(accuracy, abs=1e-12)
+    assert table.confidence[filled].numpy() == pytest.approx(mean, abs=1e-12)
+    assert torch.isnan(table.accuracy[~filled]).all()
+
+
+def test_tables_of_equal_mass_and_of_one_class():
+    z, target = predictions(5, shape=(3, 4, 60, 60))
+    p, y = flat(z, target)
+    stats = counted(z, target, n_bins=5, classwise=True)
+    table = stats.reliability(binning="mass")
+    assert table.pixels.numpy() == pytest.approx(len(y) / 5)
+    assert table.upper[:-1].numpy() == pytest.approx(np.quantile(p.max(1), [0.2, 0.4, 0.6, 0.8]), abs=2e-3)
+    assert (table.lower[1:] == table.upper[:-1]).all()
+    table = stats.reliability(of_class=2)
+    inside = list(oracles.width_members(p[:, 2], 5))
+    assert table.pixels.tolist() == [int(x.sum()) for x in inside]
+    assert table.accuracy.numpy() == pytest.approx([(y[x] == 2).mean() for x in inside], abs=1e-12)
+    assert table.confidence.numpy() == pytest.approx([p[x, 2].mean() for x in inside], abs=1e-12)
+
+
 def test_known_values():
     x, target = two_class([0.9, 0.9, 0.6, 0.6]), torch.tensor([[[0, 1, 0, 0]]])
     assert metrics.ece(x, target, input="probs") == pytest.approx((2 * 0.4 + 2 * 0.4) / 4)
+    assert metrics.ece(x, target, input="probs", norm="l2") == pytest.approx(0.4)
+    # The bin at 0.9 is half right: variance 1/4 over one degree of freedom.
+    assert metrics.ece(x, target, input="probs", norm="l2", debias=True) == pytest.approx(
+        math.sqrt(0.5 * (0.16 - 0.25) + 0.5 * 0.16)
+    )
     assert metrics.nll(x, target, input="probs") == pytest.approx(-(np.log(0.9) + np.log(0.1) + 2 * np.log(0.6)) / 4)
+    assert metrics.brier_score(x, target, input="probs") == pytest.approx((0.02 + 1.62 + 2 * 0.32) / 4)
     assert metrics.miou(x, target, input="probs") == pytest.approx((3 / 4 + 0) / 2)
+    assert metrics.ks(x, target, input="probs") == pytest.approx(0.2)
+    assert metrics.aurc(x, target, input="probs") == pytest.approx((1 / 2 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
 
 
-def test_float32_sums_would_be_wrong_at_this_size():
-    """20 million pixels of confidence 0.7 and accuracy 0.7: a float32 sum sticks at 2^24."""
-    n = 20_000_000
-    x = torch.tensor([np.log(0.7), np.log(0.3)]).view(1, 2, 1, 1).expand(1, 2, 1, n)
-    target = (torch.arange(n) % 10 >= 7).long().view(1, 1, n)
-    assert metrics.ece(x, target, input="log_probs") < 1e-7
+@pytest.mark.parametrize("gap", [0.3, 0.02, 0.001])
+def test_smooth_ece_of_one_confidence_is_its_gap(gap):
+    stats = CalibrationStats(2, input="top1")
+    right = np.arange(10_000) < round(10_000 * (0.6 - gap))
+    stats.update((np.full((1, 1, 10_000), 0.6), np.zeros((1, 1, 10_000), int)), np.where(right, 0, 1).reshape(1, 1, -1))
+    assert stats.smece() == pytest.approx(gap, rel=1e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_half_precision_is_upcast_first(dtype):
-    z, target = predictions(0, dtype=dtype)
-    p, y = flat(z, target)
-    assert metrics.ece(z, target, input="logits") == pytest.approx(brute_ece(p, y, 15), abs=1e-12)
+def test_a_true_class_of_probability_zero_costs_infinitely_much():
+    assert metrics.nll(two_class([1.0]), torch.ones(1, 1, 1).long(), input="probs") == math.inf
+    # but not where it is ignored
+    x, target = two_class([1.0, 0.5]), torch.tensor([[[255, 1]]])
+    assert metrics.nll(x, target, input="probs") == pytest.approx(math.log(2))
+
+
+def test_nothing_valid_gives_nan():
+    z, target = predictions()
+    stats = counted(z, torch.full_like(target, 255), classwise=True, per_image=True)
+    assert all(math.isnan(value) for value in figures(stats))
+    assert math.isnan(stats.classwise_ece())
+    assert torch.isnan(stats.classwise_ece(None)).all()
+    assert math.isnan(stats.ece(reduce="image_mean"))
+    assert math.isnan(stats.bootstrap("accuracy", replicates=3).low)
+    assert (stats.pixels, stats.images) == (0, 3)
+    assert stats.reliability(binning="mass").pixels.tolist() == [0.0] * 15
+
+
+def test_the_functions_are_the_class_used_once():
+    z, target = predictions(3, (3, 4, 9, 11))
+    stats = counted(z, target, n_bins=7, classwise=True, per_image=True)
+    for name in [*ORDERED, "nll", "accuracy", "miou", "mean_confidence"]:
+        assert getattr(metrics, name)(z, target, input="logits") == pytest.approx(getattr(stats, name)(), abs=1e-12)
+    assert metrics.brier_score(z, target, input="logits") == pytest.approx(stats.brier(), abs=1e-12)
+    options = {"input": "logits", "n_bins": 7}
+    assert metrics.ece(z, target, binning="mass", norm="l2", **options) == pytest.approx(
+        stats.ece(binning="mass", norm="l2"), abs=1e-12
+    )
+    assert metrics.ece(z, target, reduce="image_mean", **options) == pytest.approx(stats.ece(reduce="image_mean"), abs=1e-12)
+    assert metrics.mce(z, target, **options) == pytest.approx(stats.mce(), abs=1e-12)
+    assert metrics.classwise_ece(z, target, average="prevalence", **options) == pytest.approx(
+        stats.classwise_ece("prevalence"), abs=1e-12
+    )
+
+
+# Counts: any split, order, layout, precision
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, st.data())
+def test_batches_their_order_and_merges_do_not_matter(seed, data):
+    z, target = predictions(seed, (7, 5, 4, 6), dtype=data.draw(st.sampled_from(DTYPES)))
+    options = {"classwise": True, "per_image": True}
+    whole = counted(z, target, **options)
+    order = data.draw(st.permutations(range(7)))
+    cuts = sorted(data.draw(st.sets(st.integers(1, 6))))
+    parts = []
+    for begin, end in zip([0, *cuts], [*cuts, 7]):
+        chosen = list(order[begin:end])
+        parts.append(counted(z[chosen], target[chosen], **options))
+    while len(parts) > 1:  # any tree of merges
+        one = parts.pop(data.draw(st.integers(0, len(parts) - 1)))
+        parts[data.draw(st.integers(0, len(parts) - 1))].merge(one)
+    got, expected = parts[0].state_dict()["totals"], whole.state_dict()["totals"]
+    for name, value in expected.items():
+        if value.dtype == torch.int64:
+            assert torch.equal(got[name], value), name
+        else:
+            assert got[name].numpy() == pytest.approx(value.numpy(), abs=1e-9), name
+    assert figures(parts[0]) == pytest.approx(figures(whole), abs=1e-9)
+    assert parts[0].ece(reduce="image_mean") == pytest.approx(whole.ece(reduce="image_mean"), abs=1e-9)
+
+
+def test_pieces_cover_every_shape(monkeypatch):
+    """Images larger and smaller than a piece, rows wider than one, and a single pixel."""
+    from dacal_addon.metrics import pixels
+
+    for shape in [(3, 4, 50, 70), (9, 4, 7, 11), (2, 4, 1, 5000), (2, 4, 5000, 1), (1, 4, 1, 1), (0, 4, 5, 5)]:
+        z, target = (x[: shape[0]] for x in predictions(2, (max(1, shape[0]), *shape[1:])))
+        monkeypatch.setitem(pixels._ELEMENTS, "cpu", 10**6)
+        expected = counted(z, target, classwise=True)
+        monkeypatch.setitem(pixels._ELEMENTS, "cpu", 1)  # 256 pixels
+        got = counted(z, target, classwise=True)
+        assert (got.pixels, got.images) == (int((target != 255).sum()), shape[0])
+        assert figures(got) == pytest.approx(figures(expected), abs=1e-9, nan_ok=True)
+
+
+LAYOUTS = {
+    "channels last": lambda z: z.contiguous(memory_format=torch.channels_last),
+    "a slice": lambda z: torch.cat([z, z], 3)[..., : z.shape[3]],
+    "every second": lambda z: torch.repeat_interleave(z, 2, 3)[..., ::2],
+    "transposed": lambda z: z.transpose(2, 3).contiguous().transpose(2, 3),
+    "numpy": lambda z: z.numpy(),
+    "numpy, backwards": lambda z: z.flip(2).numpy()[:, :, ::-1],
+    "numpy, big-endian": lambda z: z.numpy().astype(">f4"),
+    "with a graph": lambda z: z.clone().requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout):
+    z, target = predictions(4, (3, 4, 40, 50), dtype=torch.float32)
+    before = copy.deepcopy(LAYOUTS[layout](z))
+    given_ = LAYOUTS[layout](z)
+    stats = counted(given_, target.numpy().astype("uint16") if "numpy" in layout else target.to(torch.uint8))
+    assert figures(stats) == pytest.approx(figures(counted(z, target)), abs=1e-12)
+    assert (
+        np.asarray(before.detach() if isinstance(before, torch.Tensor) else before)
+        == np.asarray(given_.detach() if isinstance(given_, torch.Tensor) else given_)
+    ).all()
+
+
+def test_a_file_mapped_read_only(tmp_path):
+    z, target = predictions(4, (1, 4, 40, 50), dtype=torch.float16)
+    np.save(tmp_path / "z.npy", z.numpy())
+    stats = counted(np.load(tmp_path / "z.npy", mmap_mode="r"), target)
+    assert figures(stats) == figures(counted(z, target))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -135,44 +304,295 @@ def test_rounded_probabilities_are_accepted(dtype, kind):
     assert metrics.ece(x, target, input=kind) == pytest.approx(metrics.ece(z, target, input="logits"), abs=0.02)
 
 
-def test_nothing_valid_gives_nan():
-    z, target = predictions()
-    for metric in (metrics.ece, metrics.nll, metrics.accuracy, metrics.miou, metrics.mean_confidence):
-        assert math.isnan(metric(z, torch.full_like(target, 255), input="logits"))
+def test_more_pixels_than_float32_can_count():
+    """2^25 + pixels of confidence 0.7 and accuracy 0.7: a count in float32 sticks at 2^24."""
+    n = (1 << 25) + 4
+    x = torch.tensor([0.7, 0.3], dtype=torch.float64).log().view(1, 2, 1, 1).expand(1, 2, 4, n // 4)
+    target = (torch.arange(n) % 10 >= 7).to(torch.uint8).view(1, 4, n // 4)
+    stats = CalibrationStats(2, input="log_probs")
+    stats.update(x, target)
+    assert stats.pixels == n
+    right = int((target == 0).sum())
+    assert stats.ece() == pytest.approx(abs(right / n - 0.7), abs=1e-9)
+    assert stats.accuracy() == right / n
+    in_float32 = torch.zeros(1).scatter_add_(0, torch.zeros(n, dtype=torch.int64), torch.ones(n))
+    assert float(in_float32) == 1 << 24
 
 
-def test_a_true_class_of_probability_zero_costs_infinitely_much():
-    assert metrics.nll(two_class([1.0]), torch.ones(1, 1, 1).long(), input="probs") == math.inf
+@pytest.mark.skipif(not hasattr(torch, "compile"), reason="torch.compile needs torch >= 2.0")
+def test_nothing_large_is_made():
+    """No operation on 19 x 512 x 1024 logits returns more than a few pieces."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = [0]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in inputs:
+                largest[0] = max(largest[0], result.numel())
+            return result
+
+    z, target = torch.randn(2, 19, 512, 1024), torch.zeros(2, 512, 1024, dtype=torch.uint8)
+    for x in (z, z.half(), z.contiguous(memory_format=torch.channels_last), z[..., 1:]):
+        inputs = {tensor.untyped_storage().data_ptr() for tensor in (x, target)}
+        with Watch():
+            counted(x, target[..., : x.shape[3]])
+    assert 0 < largest[0] <= 250_000
 
 
-def spoilt(value):
-    z, target = predictions()
-    z[1, 2, 3, 4] = value
-    target[1, 3, 4] = 0
-    return z, target
+def test_what_is_ignored_may_be_anything():
+    z, target = predictions(7)
+    expected = figures(counted(z, target))
+    spoilt = z.clone()
+    for value in (math.nan, math.inf, -math.inf):
+        spoilt[(target == 255).unsqueeze(1).expand_as(z)] = value
+        assert figures(counted(spoilt, target)) == expected
+    region = target != 255
+    everywhere = torch.where(region, target, torch.full_like(target, 99))
+    assert figures(counted(spoilt, everywhere, region)) == expected
+    p = torch.softmax(z, 1)
+    p[(target == 255).unsqueeze(1).expand_as(z)] = math.nan
+    stats = CalibrationStats(4, input="probs")
+    stats.update(p, target)
+    assert figures(stats) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("ignore_index", [0, -1, -100])
+def test_any_label_can_be_the_ignored_one(ignore_index):
+    z, target = predictions(7)
+    expected = figures(counted(z[:, :], torch.where(target == 0, torch.full_like(target, 255), target)))
+    if ignore_index == 0:
+        got = CalibrationStats(4, input="logits", ignore_index=0)
+        got.update(z, torch.where(target == 255, torch.zeros_like(target), target))
+    else:
+        got = CalibrationStats(4, input="logits", ignore_index=ignore_index)
+        got.update(z, torch.where((target == 255) | (target == 0), torch.full_like(target, ignore_index), target))
+    assert figures(got) == expected
+
+
+def test_only_confidence_and_class():
+    z, target = predictions(8, (2, 4, 30, 40))
+    expected = counted(z, target, per_image=True)
+    confidence, prediction = torch.softmax(z, 1).max(1)
+    stats = CalibrationStats(4, input="top1", per_image=True)
+    for i in range(2):
+        stats.update((confidence[i : i + 1], prediction[i : i + 1].numpy()), target[i : i + 1])
+    for name in ["ece", "mce", "accuracy", "miou", "mean_confidence", *ORDERED]:
+        assert getattr(stats, name)() == pytest.approx(getattr(expected, name)(), abs=1e-12)
+    assert stats.ece(reduce="image_mean") == pytest.approx(expected.ece(reduce="image_mean"), abs=1e-12)
+    for name in ("nll", "brier"):
+        with pytest.raises(RuntimeError, match=rf"{name}: expected the probability of every class, got input='top1'"):
+            getattr(stats, name)()
+
+
+@pytest.mark.skipif(not hasattr(torch, "compile"), reason="torch.compile needs torch >= 2.0")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on loading its compiler
+@pytest.mark.parametrize("kind", ["logits", "probs", "log_probs"])
+def test_compiled_is_the_same(kind):
+    z, target = predictions(9, (2, 5, 150, 200), dtype=torch.float32)
+    target[0, :10], z[0, 1, :5] = 255, math.nan
+    expected, stats = (CalibrationStats(5, input=kind, compile=compile) for compile in (False, True))
+    for one in (expected, stats):
+        one.update(as_input(z, kind), target)
+    assert figures(stats) == pytest.approx(figures(expected), abs=1e-9)
+    with pytest.raises(ValueError, match=r"finite|sum to 1"):
+        stats.update(as_input(z, kind), torch.zeros_like(target))
+
+
+# Images
+
+
+def test_image_mean_and_bootstrap():
+    z, target = predictions(10, (6, 3, 8, 9))
+    target[4] = 255  # no valid pixel
+    stats = counted(z, target, per_image=True)
+    own = [metrics.ece(z[i : i + 1], target[i : i + 1], input="logits") for i in range(6) if i != 4]
+    assert stats.ece(reduce="image_mean") == pytest.approx(np.mean(own), abs=1e-12)
+    result = stats.bootstrap("ece", norm="l2", replicates=60, level=0.8, generator=torch.Generator().manual_seed(3))
+    picks, generator = [], torch.Generator().manual_seed(3)
+    for rows in (50, 10):
+        picks += torch.randint(6, (rows, 6), generator=generator).tolist()
+    expected = [metrics.ece(z[pick], target[pick], input="logits", norm="l2") for pick in picks]
+    assert result.samples.numpy() == pytest.approx(expected, abs=1e-9)
+    assert (result.low, result.high) == pytest.approx(tuple(np.quantile(expected, [0.1, 0.9])))
+    assert result.estimate == stats.ece(norm="l2")
+
+
+def test_the_interval_is_as_wide_as_the_images_differ():
+    """Accuracies of 0 and 1, an image each: the standard deviation of their mean is 0.5 / sqrt(64)."""
+    n = 64
+    z = torch.zeros(n, 2, 4, 4)
+    z[:, 0] = 1
+    stats = counted(z, (torch.arange(n) % 2).view(n, 1, 1).expand(n, 4, 4), per_image=True)
+    for metric in ("accuracy", lambda one: one.accuracy()):
+        state = torch.random.get_rng_state()
+        result = stats.bootstrap(metric, replicates=2000)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        assert float(result.samples.std()) == pytest.approx(0.0625, rel=0.06)
+        assert (result.low, result.high) == pytest.approx((0.5 - 1.96 * 0.0625, 0.5 + 1.96 * 0.0625), abs=0.02)
+    same = counted(z, torch.zeros(n, 4, 4).long(), per_image=True).bootstrap("nll", replicates=20)
+    assert same.low == pytest.approx(same.high, abs=1e-12)
+
+
+# State
+
+
+def test_state_survives_saving_and_forgets_on_reset():
+    z, target = predictions(11)
+    for per_image in (False, True):
+        stats = counted(z, target, classwise=True, per_image=per_image)
+        file = io.BytesIO()
+        torch.save(stats.state_dict(), file)
+        file.seek(0)
+        other = CalibrationStats(4, input="logits", classwise=True, per_image=per_image)
+        other.update(z[:1], target[:1])
+        other.load_state_dict(torch.load(file))
+        for one in (stats, other, copy.deepcopy(stats)):
+            one.update(z[1:], target[1:])
+        expected = counted(torch.cat([z, z[1:]]), torch.cat([target, target[1:]]), classwise=True, per_image=per_image)
+        for one in (stats, other):
+            assert figures(one) == pytest.approx(figures(expected), abs=1e-12)
+            assert one.images == 5
+        other.reset()
+        assert (other.pixels, other.images) == (0, 0)
+        other.update(z, target)
+        assert figures(other) == pytest.approx(figures(counted(z, target)), abs=1e-12)
+        with pytest.raises(ValueError, match=r"load_state_dict: expected counts for .*'n_bins': 7.* got for .*'n_bins': 15"):
+            CalibrationStats(4, input="logits", n_bins=7).load_state_dict(stats.state_dict())
+
+
+BAD = {
+    "nan": (lambda z, y: (_put(z, math.nan), y), ValueError, "update: expected x: finite logits, got NaN or infinity; look"),
+    "inf": (lambda z, y: (_put(z, math.inf), y), ValueError, "finite logits"),
+    "-inf": (lambda z, y: (_put(z, -math.inf), y), ValueError, "finite logits"),
+    "overflow": (lambda z, y: (z.float() + 3e38, y), ValueError, "whose sum over C is finite, got a sum that overflows"),
+    "stray": (lambda z, y: (z, _put(y, 4)), ValueError, r"target: classes 0..3 or ignore_index=255, got the value 4; map"),
+    "negative": (lambda z, y: (z, _put(y, -1)), ValueError, "the value -1"),
+    "huge": (lambda z, y: (z, _put(y, 2**40)), ValueError, f"the value {2**40}"),
+    "float target": (lambda z, y: (z, y.double()), TypeError, r"target: an integer array \(N, H, W\), got float64 \(3, 5, 6\)"),
+    "bool target": (lambda z, y: (z, y > 0), TypeError, "got bool"),
+    "channel": (lambda z, y: (z, y.unsqueeze(1)), ValueError, r"got int64 \(3, 1, 5, 6\); .*squeeze\(1\)"),
+    "other size": (
+        lambda z, y: (z, y.transpose(1, 2)),
+        ValueError,
+        r"shape \(3, 5, 6\) for x of shape \(3, 4, 5, 6\), got .*6, 5",
+    ),
+    "other classes": (lambda z, y: (z[:, :3], y), ValueError, r"with C = 4, got float64 \(3, 3, 5, 6\)"),
+    "integers": (lambda z, y: (z.long(), y), ValueError, "a floating tensor .* got int64"),
+    "list": (lambda z, y: (z.tolist(), y), TypeError, "x: a torch tensor or numpy array, got list"),
+    "objects": (lambda z, y: (np.empty((3, 4, 5, 6), object), y), TypeError, "x: numbers, got object"),
+    "region": (lambda z, y: (z, y, y), ValueError, r"region: a bool array \(3, 5, 6\), got int64"),
+    "probs": (lambda z, y: (z, y), ValueError, "sum to 1 over C, got sums off by up to .*pass input='logits'"),
+    "log_probs": (lambda z, y: (z, y), ValueError, "log_probs whose probabilities are >= 0 and sum to 1"),
+    "negative probs": (lambda z, y: (_shifted(torch.softmax(z, 1)), y), ValueError, "or a negative value"),
+    "nan probs": (lambda z, y: (_put(torch.softmax(z, 1), math.nan), y), ValueError, "got NaN"),
+    "top1 scale": (lambda z, y: ((y * 2.0, y), y), ValueError, r"confidences in 0..1, got .*; divide 8-bit values by 255"),
+    "top1 class": (lambda z, y: ((y * 0.0, y * 0 + 7), y), ValueError, "predicted classes 0..3, got the value 7"),
+    "top1 kinds": (lambda z, y: ((y, y), y), ValueError, r"x: a pair \(confidence, predicted class\)"),
+    "top1 alone": (lambda z, y: (z, y), TypeError, "a pair .* got float64"),
+}
+
+
+def _put(x, value):
+    x = x.clone()
+    x[(1,) + (2,) * (x.dim() - 1)] = value
+    return x
+
+
+def _shifted(p):
+    """Sums of 1 with a negative probability."""
+    p = p.clone()
+    p[1, 0, 2, 2], p[1, 1, 2, 2], p[1, 2:, 2, 2] = -0.2, 1.2, 0.0
+    return p
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("per_image", [False, True])
+def test_errors_come_before_anything_is_counted(case, per_image):
+    spoil, error, message = BAD[case]
+    kind = "top1" if "top1" in case else "log_probs" if case == "log_probs" else "probs" if "probs" in case else "logits"
+    z, target = predictions(12, ignored=0.0)
+    stats = CalibrationStats(4, input=kind, per_image=per_image)
+    good = torch.softmax(z, 1).max(1) if kind == "top1" else as_input(z, kind)
+    stats.update(tuple(good) if kind == "top1" else good, target)
+    before, pixels = figures_or_none(stats), stats.pixels
+    with pytest.raises(error, match=message):
+        stats.update(*spoil(z, target))
+    assert (figures_or_none(stats), stats.pixels, stats.images) == (before, pixels, 3)
+
+
+def figures_or_none(stats):
+    return None if stats.input == "top1" else figures(stats)
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "expected"),
+    ("call", "error", "message"),
     [
-        (lambda: metrics.ece(*predictions(), input="logit"), ValueError, r"input to be one of 'logits', 'probs', 'log_probs'"),
-        (lambda: metrics.ece(*predictions(), input="probs"), ValueError, r"sum to 1 over C, got .*pass input='logits'"),
-        (lambda: metrics.ece(*predictions(), input="log_probs"), ValueError, r"log_probs whose .* sums off by"),
-        (lambda: metrics.ece(*spoilt(math.nan), input="logits"), ValueError, r"finite values, got NaN or infinity"),
-        (lambda: metrics.ece(*spoilt(math.inf), input="logits"), ValueError, r"finite values, got NaN or infinity"),
-        (lambda: metrics.ece(torch.softmax(spoilt(math.nan)[0], 1), spoilt(0)[1], input="probs"), ValueError, r"got NaN"),
-        (lambda: metrics.ece(predictions()[0], torch.full((3, 5, 6), 4), input="logits"), ValueError, r"0..3 .*the value 4"),
-        (lambda: metrics.ece(predictions()[0], torch.full((3, 5, 6), -1), input="logits"), ValueError, r"the value -1"),
-        (lambda: metrics.ece(predictions()[0], torch.zeros(3, 5, 6), input="logits"), ValueError, r"int64 tensor \(3, 5, 6\)"),
+        (lambda: CalibrationStats(1, input="probs"), ValueError, "num_classes >= 2, got 1"),
+        (lambda: CalibrationStats(4, input="logit"), ValueError, "input to be one of 'logits', 'probs', 'log_probs', 'top1'"),
+        (lambda: CalibrationStats(4, input="probs", n_bins=0), ValueError, "n_bins >= 1, got 0"),
+        (lambda: CalibrationStats(4, input="probs", fine_bins=1000), ValueError, "a power of two from 256 to 65536, got 1000"),
+        (lambda: CalibrationStats(4, input="top1", classwise=True), ValueError, "got input='top1'"),
+        (lambda: CalibrationStats(4, input="probs").ece(norm="l3"), ValueError, "norm to be one of 'l1'"),
+        (lambda: CalibrationStats(4, input="probs").ece(debias=True), ValueError, "norm='l2' with debias=True, got norm='l1'"),
+        (lambda: CalibrationStats(4, input="probs").ece(binning="depth"), ValueError, "binning to be one of 'width'"),
+        (lambda: CalibrationStats(4, input="probs").ece(reduce="mean"), ValueError, "reduce to be one of 'pooled'"),
+        (lambda: CalibrationStats(4, input="probs").ece(reduce="image_mean"), RuntimeError, "per_image=True"),
+        (lambda: CalibrationStats(4, input="probs").classwise_ece(), RuntimeError, "classwise=True"),
         (
-            lambda: metrics.ece(predictions()[0], torch.zeros(3, 6, 5).long(), input="logits"),
+            lambda: CalibrationStats(4, input="probs", classwise=True).classwise_ece("micro"),
             ValueError,
-            r"got int64 \(3, 6, 5\)",
+            "'macro', 'prevalence'",
         ),
-        (lambda: metrics.ece(*predictions(), input="logits", n_bins=0), ValueError, r"n_bins >= 1, got 0"),
-        (lambda: metrics.miou(torch.zeros(3), torch.zeros(3), input="logits"), ValueError, r"got float32 \(3,\)"),
+        (lambda: CalibrationStats(4, input="probs", classwise=True).reliability(of_class=4), ValueError, r"in 0..3, got 4"),
+        (lambda: CalibrationStats(4, input="probs").bootstrap(), RuntimeError, "bootstrap: expected counts of every image"),
+        (lambda: CalibrationStats(4, input="probs", per_image=True).bootstrap(), RuntimeError, "at least one image"),
+        (lambda: CalibrationStats(4, input="probs", per_image=True).bootstrap("iou"), ValueError, "metric to be one of 'ece'"),
+        (lambda: CalibrationStats(4, input="probs").merge(CalibrationStats(4, input="logits")), ValueError, "merge: expected"),
+        (lambda: CalibrationStats(4, input="probs").merge({}), TypeError, "a CalibrationStats, got dict"),
+        (
+            lambda: metrics.ece(*predictions(), input="top1"),
+            ValueError,
+            "input to be one of 'logits', 'probs', 'log_probs', got",
+        ),
+        (lambda: metrics.miou(torch.zeros(3), torch.zeros(3).long(), input="logits"), ValueError, r"got int64 \(3,\)"),
+        (lambda: boundary_mask(torch.zeros(1, 4, 4).long(), 0), ValueError, "width >= 1 pixel, got 0"),
+        (lambda: boundary_mask(torch.zeros(4, 4).long(), 1), ValueError, r"\(N, H, W\), and a whole width, got int64 \(4, 4\)"),
     ],
 )
-def test_errors_name_expected_got_and_remedy(call, error, expected):
-    with pytest.raises(error, match=expected):
+def test_errors_name_expected_got_and_remedy(call, error, message):
+    with pytest.raises(error, match=message):
         call()
+
+
+# Regions
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.integers(1, 4), st.sampled_from([255, 0, -1]))
+def test_the_boundary_equals_a_search_of_every_window(seed, width, ignore_index):
+    g = torch.Generator().manual_seed(seed)
+    small = torch.randint(0, 3, (2, 3, 4), generator=g)
+    target = torch.repeat_interleave(torch.repeat_interleave(small, 3, 1), 3, 2)
+    target[torch.rand(target.shape, generator=g) < 0.2] = ignore_index
+    label = target.numpy()
+    expected = np.zeros(label.shape, bool)
+    for n, i, j in np.argwhere(label != ignore_index):
+        window = label[n, max(0, i - width) : i + width + 1, max(0, j - width) : j + width + 1]
+        expected[n, i, j] = ((window != label[n, i, j]) & (window != ignore_index)).any()
+    assert (boundary_mask(target, width, ignore_index=ignore_index).numpy() == expected).all()
+    assert (boundary_mask(label.astype("int16"), width, ignore_index=ignore_index).numpy() == expected).all()
+
+
+def test_only_the_region_counts():
+    z, _ = predictions(13, (2, 4, 20, 30))
+    target = (torch.arange(30) // 10).expand(2, 20, 30).clone()
+    target[:, :3] = 255
+    region = boundary_mask(target, 2)
+    assert int(region.sum()) == 2 * 17 * 8
+    outside = torch.where(region, target, torch.full_like(target, 255))
+    stats = counted(z, target, region, classwise=True)
+    assert stats.pixels == 2 * 17 * 8
+    assert figures(stats) == figures(counted(z, outside))
+    assert stats.classwise_ece() == counted(z, outside, classwise=True).classwise_ece()
