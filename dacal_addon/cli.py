@@ -4,7 +4,7 @@ import argparse
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Callable, List, Optional
+from typing import Any, Callable, List, Optional
 
 from . import __version__
 
@@ -35,19 +35,69 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--iters", type=_at_least(1), help="iterations of each self-training run; default: the benchmark's own")
     demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the table and the pictures")
     demo.add_argument("--device", default="cpu", help="a torch device, for example cuda")
+    _add_evaluate(commands)
     return parser
 
 
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure the calibration of saved predictions: a report with diagrams, per class and per image",
+        description="Compare saved predictions with label images and write report.html, report.json and pictures. "
+        "Predictions are arrays (C, H, W), .npy, .npz or .pt, or pairs NAME_confidence.png (8 or 16 bits, the largest value "
+        "is 1) and NAME_prediction.png (classes). A prediction belongs to the label of the same name; endings such as "
+        "_leftImg8bit, _gtFine_labelTrainIds or _rgb_anon do not count.",
+        epilog="Exit codes: 0 done; 1 a file is bad, which is named; 2 wrong arguments; 3 done, with files skipped "
+        "(--keep-going); 130 Ctrl-C.",
+    )
+    evaluate.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="a folder, or a text file that lists files")
+    evaluate.add_argument(
+        "labels", type=Path, metavar="LABELS", help="a folder of PNGs of training ids, for example labelTrainIds"
+    )
+    evaluate.add_argument("--num-classes", type=_at_least(2), required=True, help="C")
+    evaluate.add_argument("--input", choices=("logits", "probs", "log_probs"), help="what arrays hold; nothing is guessed")
+    evaluate.add_argument("--key", help="the array of an .npz, or of a dictionary in a .pt, that has several")
+    evaluate.add_argument("--label-map", type=Path, metavar="FILE", help='JSON of raw label values and training ids: {"7": 0}')
+    evaluate.add_argument("--ignore-index", type=int, default=255, help="the label of pixels that do not count (%(default)s)")
+    evaluate.add_argument("--class-names", metavar="FILE", help="a text file, one name a line; or cityscapes")
+    evaluate.add_argument("--n-bins", type=_at_least(1), default=15, help="of the diagram and the ECE (%(default)s)")
+    evaluate.add_argument("--classwise", action="store_true", help="class-wise calibration too (about four times slower)")
+    evaluate.add_argument(
+        "--boundary", type=_at_least(1), default=0, metavar="WIDTH", help="report pixels this near a boundary too"
+    )
+    evaluate.add_argument("--out", type=Path, default=Path("evaluate-out"), help="folder of the report (%(default)s)")
+    evaluate.add_argument("--keep-going", action="store_true", help="skip bad files, and say which and why")
+    evaluate.add_argument("--jobs", type=_at_least(1), default=0, help="images at a time; default: as many as cores")
+
+
 def main(arguments: Optional[List[str]] = None) -> int:
-    """Entry point; returns the exit code: 1 without extra, device or folder, 2 for a wrong argument, 130 after Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    """Entry point; returns the exit code: 1 without extra, device, file or folder, 2 for a wrong argument, 130 after Ctrl-C."""
+    words = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(words)
+    command = options.command
+    needed = (
+        ["matplotlib", "PIL"]
+        if command == "evaluate"
+        else ["matplotlib", *(["PIL", "sklearn"] * (options.dataset == "digits"))]
+    )
     try:
         # Asked for now and not after five minutes of training.
-        for name in ["matplotlib", *(["PIL", "sklearn"] if options.dataset == "digits" else [])]:
+        for name in needed:
             import_module(name)
     except ImportError as error:
-        print(f"dacal demo: {error.name} is not installed; pip install 'dacal-addon[demo]'", file=sys.stderr)
+        print(f"dacal {command}: {error.name} is not installed; pip install 'dacal-addon[{command}]'", file=sys.stderr)
         return 1
+    return _evaluate(options, words) if command == "evaluate" else _demo(options)
+
+
+def _evaluate(options: argparse.Namespace, words: List[str]) -> int:
+    from .evaluate.run import Options, evaluate
+
+    given = {name: value for name, value in vars(options).items() if name != "command"}
+    return evaluate(Options(**given), command=["dacal", *words])
+
+
+def _demo(options: argparse.Namespace) -> int:
     import torch
 
     from .demo.run import run

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, metrics, soft_cross_entropy
+from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, soft_cross_entropy
+from dacal_addon.metrics import CalibrationStats
 from dacal_addon.engines import ENGINES
 from dacal_addon.mixing import class_mask, mix
 
@@ -117,8 +118,10 @@ def main() -> None:
     image, label = pictures(100, "target", torch.Generator().manual_seed(10_000 + options.seed))
     with torch.no_grad():
         logits = student(image)
-    print(f"target mIoU {100 * metrics.miou(logits, label, input='logits'):.1f} %")
-    print(f"target ECE  {100 * metrics.ece(logits, label, input='logits'):.2f} %")
+    stats = CalibrationStats(logits.shape[1], input="logits")
+    stats.update(logits, label)
+    print(f"target mIoU {100 * stats.miou():.1f} %")
+    print(f"target ECE  {100 * stats.ece():.2f} %")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .._check import check_choice
+from ..progress import Progress
 from . import digits, streets
-from .progress import Progress
 
 NAMES = ("streets", "digits")
 TRAIN_IMAGES = {"streets": 256, "digits": 1024}

@@ -10,9 +10,9 @@ from typing import Any, Dict, List, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import __version__
-from . import plots
+from .. import __version__, metrics, plots
 from .datasets import Dataset, load_dataset
+from .plots import pick_images, predictions_figure
 from .self_training import METHODS, RECIPES, TITLES, Recipe, Scores, Trained, predict, score, train, train_start
 
 
@@ -123,17 +123,20 @@ def _write_pictures(
 ) -> List[str]:
     """The pictures of what is finished; returns the names of their files."""
     image, label = dataset.target_test
-    plots.plot_reliability({TITLES[method]: one.logits for method, one in finished.items()}, label, out / "reliability.png")
-    chosen = list(plots.pick_images(label, 4))
+    tables = {TITLES[method]: metrics.reliability(one.logits, label, input="logits") for method, one in finished.items()}
+    chosen = list(pick_images(label, 4))
     predictions = {TITLES[method]: one.logits[chosen].argmax(1) for method, one in finished.items()}
-    plots.plot_predictions(dataset, image[chosen], label[chosen], predictions, out / "predictions.png")
-    names = ["reliability.png", "predictions.png"]
+    figures = {
+        "reliability.png": plots.reliability_diagram(tables),
+        "predictions.png": predictions_figure(dataset, image[chosen], label[chosen], predictions),
+    }
     if "dacal" in finished:
         logits = finished["dacal"].logits[chosen]
         temperature = _temperature(finished["dacal"].trained, image[chosen], recipe, device)
-        plots.plot_temperature(image[chosen], label[chosen], logits, temperature, out / "temperature.png")
-        names.append("temperature.png")
-    return names
+        figures["temperature.png"] = plots.temperature_map(image[chosen], label[chosen], logits, temperature)
+    for name, figure in figures.items():
+        plots.save(figure, out / name)
+    return list(figures)
 
 
 def _temperature(trained: Trained, image: Tensor, recipe: Recipe, device: torch.device) -> Tensor:

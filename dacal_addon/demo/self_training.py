@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, metrics, soft_cross_entropy
+from .. import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, soft_cross_entropy
+from ..metrics import CalibrationStats
 from ..mixing import class_mask, mix
+from ..progress import Progress
 from .datasets import Dataset, Split
 from .network import SmallUNet
-from .progress import Progress
 
 METHODS = ("source-only", "hard", "soft", "dacal")
 TITLES = {
@@ -238,13 +239,9 @@ def predict(student: nn.Module, image: Tensor, *, device: torch.device) -> Tenso
 
 def score(logits: Tensor, label: Tensor) -> Scores:
     """The table's figures."""
-    return Scores(
-        metrics.miou(logits, label, input="logits"),
-        metrics.accuracy(logits, label, input="logits"),
-        metrics.mean_confidence(logits, label, input="logits"),
-        metrics.ece(logits, label, input="logits"),
-        metrics.nll(logits, label, input="logits"),
-    )
+    stats = CalibrationStats(logits.shape[1], input="logits")
+    stats.update(logits, label)
+    return Scores(stats.miou(), stats.accuracy(), stats.mean_confidence(), stats.ece(), stats.nll())
 
 
 @contextmanager

@@ -1,0 +1,224 @@
+"""Calibration metrics at segmentation scale: time and memory of one 19 x 1024 x 2048 image, here and in public libraries.
+
+    pip install -e '.[bench]'                    # the libraries; those that are missing are left out
+    python benchmarks/metrics_throughput.py      # some minutes on one core
+    python benchmarks/metrics_throughput.py --device cuda
+
+Times are processor time in multiples of one read of the logits, `x.amax(1)`, taken in turn with everything else in one process
+(on a GPU, time until it has finished). The libraries compute ECE alone; `CalibrationStats` everything that it has. Memory is
+the peak above logits and labels, of a fresh process each, after 8 and after 64 images. Libraries that want probabilities, flat
+pixels or one-hot labels get them, and what that costs is theirs.
+"""
+
+import argparse
+import importlib
+import json
+import statistics
+import time
+import warnings
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import torch
+from measuring import peak_bytes, peak_in_fresh_process, seconds
+from torch import Tensor
+
+from dacal_addon.metrics import CalibrationStats
+
+CLASSES, IGNORED = 19, 255
+Metric = Tuple[Callable[[Tensor, Tensor], object], Callable[[], object]]
+"""Takes in one image; gives the result."""
+
+
+def images(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
+    """Logits (1, C, H, W) that are right for nine pixels of ten, and labels, a tenth of them ignored."""
+    g = torch.Generator().manual_seed(0)
+    label = torch.randint(0, CLASSES, (1, height, width), generator=g)
+    x = torch.randn(1, CLASSES, height, width, generator=g)
+    x.scatter_add_(1, label.unsqueeze(1), 4.0 * torch.ones(1, 1, height, width))
+    label[torch.rand(label.shape, generator=g) < 0.1] = IGNORED
+    return x.to(device, dtype), label.to(device)
+
+
+def ours(**options: Any) -> Callable[[torch.device], Metric]:
+    def make(device: torch.device) -> Metric:
+        stats = CalibrationStats(CLASSES, input="logits", **options)
+        return stats.update, stats.ece
+
+    return make
+
+
+def torchmetrics(device: torch.device) -> Metric:
+    module = importlib.import_module("torchmetrics.classification")
+    metric = module.MulticlassCalibrationError(CLASSES, n_bins=15, ignore_index=IGNORED).to(device)
+    return metric.update, metric.compute
+
+
+def torch_uncertainty(device: torch.device) -> Metric:
+    module = importlib.import_module("torch_uncertainty.metrics")
+    metric = module.CalibrationError(task="multiclass", num_bins=15, num_classes=CLASSES).to(device)
+
+    def update(x: Tensor, label: Tensor) -> None:
+        valid = label != IGNORED
+        metric.update(torch.softmax(x, 1).movedim(1, -1)[valid], label[valid])
+
+    return update, metric.compute
+
+
+def monai(device: torch.device) -> Metric:
+    metric = importlib.import_module("monai.metrics").CalibrationErrorMetric(num_bins=15)
+
+    def update(x: Tensor, label: Tensor) -> None:
+        # It cannot ignore pixels: they are taken out, as one row.
+        valid = label != IGNORED
+        p = torch.softmax(x, 1).movedim(1, -1)[valid].T[None, :, None]
+        y = torch.nn.functional.one_hot(label[valid], CLASSES).T[None, :, None]
+        metric(p, y)
+
+    return update, metric.aggregate
+
+
+def netcal(device: torch.device) -> Metric:
+    measure = importlib.import_module("netcal.metrics").ECE(15)
+    parts: List[Any] = []
+
+    def update(x: Tensor, label: Tensor) -> None:
+        valid = label != IGNORED
+        parts.append((torch.softmax(x, 1).movedim(1, -1)[valid].cpu().numpy(), label[valid].cpu().numpy()))
+
+    def compute() -> object:
+        return next(measure.measure(p, y) for p, y in parts)
+
+    return update, compute
+
+
+METRICS: Dict[str, Tuple[Callable[[torch.device], Metric], str]] = {
+    "CalibrationStats": (ours(), ""),
+    "CalibrationStats, compile=True": (ours(compile=True), ""),
+    "CalibrationStats, per_image=True": (ours(per_image=True), ""),
+    "CalibrationStats, classwise=True": (ours(classwise=True), ""),
+    "torchmetrics": (torchmetrics, "torchmetrics"),
+    "torch-uncertainty": (torch_uncertainty, "torch_uncertainty"),
+    "MONAI": (monai, "monai"),
+    "netcal": (netcal, "netcal"),
+}
+# Images. The others keep what they get, up to 150 MB an image.
+MEMORY_AFTER = {name: (8, 64) if not module or name == "torchmetrics" else (8,) for name, (_, module) in METRICS.items()}
+
+
+def version(module: str) -> Optional[str]:
+    """Of an installed library, None where it cannot be imported."""
+    try:
+        return str(importlib.import_module(module).__version__)
+    except ImportError:
+        return None
+
+
+def processor_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Of all threads; on a GPU, the time until it has finished."""
+    if device.type == "cuda":
+        return seconds(work, device)
+    begun = time.process_time()
+    work()
+    return time.process_time() - begun
+
+
+def one_image(make: Callable[[torch.device], Metric], x: Tensor, label: Tensor) -> Callable[[], object]:
+    """Taking in an image and computing the result, from nothing; what is compiled stays compiled."""
+    update, compute = make(x.device)
+    owner = getattr(update, "__self__", None)
+
+    def work() -> object:
+        if isinstance(owner, CalibrationStats):
+            owner.reset()
+            update(x, label)
+            return compute()
+        fresh, result = make(x.device)
+        fresh(x, label)
+        return result()
+
+    return work
+
+
+def taking_in(name: str, count: int, height: int, width: int, device: torch.device) -> Callable[[], Callable[[], object]]:
+    """What `peak_bytes` builds: `count` images through one metric, above the memory of one image and of a warm process."""
+    x, label = images(height, width, device, torch.float32)
+    make = METRICS[name][0]
+    work = one_image(make, x[..., :64, :64], label[..., :64, :64])
+    work()  # loads what is loaded at the first call: libraries, compilers
+    if "compile" in name:
+        one_image(make, x, label)()
+
+    def build() -> Callable[[], object]:
+        update, compute = make(device)
+
+        def run() -> object:
+            for _ in range(count):
+                update(x, label)
+            return compute()
+
+        return run
+
+    return build
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")  # the libraries' own
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--height", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of torch; more of them wait for each other and use time doing so"
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--peak-of", nargs=2, metavar=("NAME", "IMAGES"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device, size = torch.device(options.device), (options.height, options.width)
+    if options.peak_of:
+        name, count = options.peak_of
+        print(peak_bytes(taking_in(name, int(count), *size, device), device, calls=1))
+        return
+
+    versions = {name: version(module) for name, (_, module) in METRICS.items() if module}
+    names = [name for name, (_, module) in METRICS.items() if not module or versions[name]]
+    x, label = images(*size, device, torch.float32)
+    works: Dict[str, Callable[[], object]] = {"one read: amax": lambda: x.amax(1)}
+    works.update({name: one_image(METRICS[name][0], x, label) for name in names})
+    halves = x.half()
+    works["CalibrationStats, float16 logits"] = one_image(METRICS["CalibrationStats"][0], halves, label)
+    times: Dict[str, List[float]] = {name: [] for name in works}
+    for run in range(options.runs + 1):
+        for name, work in works.items():
+            elapsed = processor_seconds(work, device)
+            if run:  # the first one warms up
+                times[name].append(elapsed)
+    rows = []
+    arguments = [__file__, "--height", str(size[0]), "--width", str(size[1]), "--device", options.device, "--peak-of"]
+    for name, own in times.items():
+        row: Dict[str, Any] = {
+            "name": name,
+            "milliseconds": 1000 * statistics.median(own),
+            "reads": statistics.median(a / b for a, b in zip(own, times["one read: amax"])),
+        }
+        if name in METRICS:
+            row["extra_bytes"] = {str(n): peak_in_fresh_process(*arguments, name, str(n)) for n in MEMORY_AFTER[name]}
+        rows.append(row)
+    missing = [name for name, found in versions.items() if not found]
+    print(f"{CLASSES} x {size[0]} x {size[1]} float32, torch {torch.__version__}, {device}, {options.threads} thread(s)")
+    print(f"{'':<36}{'ms':>8}{'reads':>8}{'MB extra, 8 images':>20}{'64':>8}")
+    for row in rows:
+        extra = [f"{row['extra_bytes'][n] / 1e6:.0f}" if n in row.get("extra_bytes", {}) else "" for n in ("8", "64")]
+        print(f"{row['name']:<36}{row['milliseconds']:8.0f}{row['reads']:8.1f}{extra[0]:>20}{extra[1]:>8}".rstrip())
+    if missing:
+        print(f"Not installed: {', '.join(missing)}.")
+    setting = {"size": [CLASSES, *size], "device": str(device), "threads": options.threads, "runs": options.runs}
+    report = {**setting, "versions": {"torch": torch.__version__, **versions}, "rows": rows}
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "metrics_throughput.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

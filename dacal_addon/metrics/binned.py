@@ -1,0 +1,104 @@
+"""Calibration errors over bins of confidence."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._check import check_choice, problem
+
+NORMS = ("l1", "l2", "max")
+
+
+class Cells(NamedTuple):
+    """Pixels by their confidence (or the probability of one class), in its order: one entry a cell, or a bin. All float64."""
+
+    pixels: np.ndarray
+    """How many."""
+    correct: np.ndarray
+    """How many of them are right (or are of that class)."""
+    confidence: np.ndarray
+    """The sum of their confidences."""
+
+
+class ReliabilityTable(NamedTuple):
+    """The reliability diagram as numbers, one row a bin of confidence (lower, upper]; the first bin is closed at 0."""
+
+    lower: Tensor
+    """(n_bins,) float64."""
+    upper: Tensor
+    """(n_bins,) float64."""
+    pixels: Tensor
+    """(n_bins,) int64: pixels in the bin; float64 for bins of equal mass, which share the pixels of a confidence."""
+    confidence: Tensor
+    """(n_bins,) float64: their mean confidence, NaN for an empty bin."""
+    accuracy: Tensor
+    """(n_bins,) float64: the share that is right, NaN for an empty bin."""
+
+
+def width_bins(cells: Cells, bin_of_cell: np.ndarray, n_bins: int) -> Cells:
+    """Sum the cells of every bin of equal width: exact, since no cell crosses an edge.
+
+    Example:
+        >>> cells = Cells(np.array([2.0, 0.0, 4.0]), np.array([1.0, 0.0, 3.0]), np.array([0.2, 0.0, 3.2]))
+        >>> width_bins(cells, np.array([0, 1, 1]), 2).pixels
+        array([2., 4.])
+    """
+    return Cells(*(np.bincount(bin_of_cell, column, minlength=n_bins) for column in cells))
+
+
+def mass_bins(cells: Cells, n_bins: int) -> Cells:
+    """Bins that hold the same number of pixels. A cell that crosses an edge is split in proportion, so no order is made up.
+
+    Example:
+        >>> cells = Cells(np.array([2.0, 0.0, 4.0]), np.array([1.0, 0.0, 3.0]), np.array([0.2, 0.0, 3.2]))
+        >>> mass_bins(cells, 2).correct  # three pixels each: the cell of four gives one of them to the first bin
+        array([1.75, 2.25])
+
+    Source: Nixon et al., Measuring Calibration in Deep Learning (CVPR workshops 2019), adaptive calibration error.
+    """
+    below = np.concatenate([[0.0], np.cumsum(cells.pixels)])
+    at = below[-1] * np.arange(n_bins + 1) / n_bins
+    sums = (np.concatenate([[0.0], np.cumsum(column)]) for column in cells)
+    return Cells(*(np.diff(np.interp(at, below, column)) for column in sums))
+
+
+def calibration_error(bins: Cells, *, norm: str = "l1", debias: bool = False) -> float:
+    """Distance of accuracy and confidence over the bins: mean ("l1"), root mean square ("l2") or largest ("max"); NaN if empty.
+
+    Example:
+        >>> bins = Cells(np.array([2.0, 4.0]), np.array([1.0, 3.0]), np.array([0.2, 3.2]))  # gaps 0.4 and 0.05
+        >>> [round(calibration_error(bins, norm=norm), 6) for norm in ("l1", "l2", "max")]
+        [0.166667, 0.234521, 0.4]
+
+    Sources: "l1" Naeini et al. (AAAI 2015), Guo et al. (ICML 2017, eq. 3); "max" the same (eq. 5); "l2" and its debiased
+    form Kumar et al., Verified Uncertainty Calibration (NeurIPS 2019, section 4): the variance of each bin's accuracy,
+    estimated from the bin, is subtracted from its squared gap; a bin of one pixel adds nothing, a negative sum counts as 0.
+    """
+    check_choice("calibration_error", "norm", norm, NORMS)
+    if debias and norm != "l2":
+        remedy = "pass norm='l2', or debias=False"
+        raise problem("calibration_error", expected="norm='l2' with debias=True", got=f"norm={norm!r}", remedy=remedy)
+    pixels, correct, confidence = (column[bins.pixels > 0] for column in bins)
+    if not len(pixels):
+        return float("nan")
+    gap = (correct - confidence) / pixels
+    weight = pixels / pixels.sum()
+    if norm == "max":
+        return float(np.abs(gap).max())
+    if norm == "l1":
+        return float((weight * np.abs(gap)).sum())
+    square = gap**2
+    if debias:
+        accuracy, more = correct / pixels, pixels > 1
+        square = np.where(more, square - accuracy * (1 - accuracy) / np.where(more, pixels - 1, 1), 0.0)
+    return float(np.sqrt(max(0.0, (weight * square).sum())))
+
+
+def tabulate(bins: Cells, edges: np.ndarray, *, whole: bool) -> ReliabilityTable:
+    """The bins as a table. `whole`: the counts are integers."""
+    filled = np.where(bins.pixels > 0, bins.pixels, np.nan)
+    pixels = np.rint(bins.pixels).astype(np.int64) if whole else bins.pixels
+    columns = (edges[:-1], edges[1:], pixels, bins.confidence / filled, bins.correct / filled)
+    return ReliabilityTable(*(torch.from_numpy(np.ascontiguousarray(column)) for column in columns))
