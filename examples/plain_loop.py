@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, soft_cross_entropy
-from dacal_addon.metrics import CalibrationStats
 from dacal_addon.engines import ENGINES
+from dacal_addon.metrics import CalibrationStats
 from dacal_addon.mixing import class_mask, mix
 
 CLASSES = 4

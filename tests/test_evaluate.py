@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import zipfile
 import zlib
@@ -238,7 +239,7 @@ def linked(target):
 SCORES = np.zeros((C, H, W), "float32")
 BAD = {
     "empty": (of_npy(lambda old: b""), "b.npy", "empty"),
-    "truncated": (of_npy(lambda old: old[:-100]), "b.npy", "truncated: 2972 of 3072 bytes"),
+    "truncated": (of_npy(lambda old: old[:-100]), "b.npy", "truncated: 2972 bytes of numbers where its header says 3072"),
     "cut in its header": (of_npy(lambda old: old[:20]), "b.npy", "not an array in numpy's format"),
     "something else": (of_npy(lambda old: b"GIF89a" + old), "b.npy", "not an array in numpy's format"),
     "header of a huge array": (
@@ -270,7 +271,7 @@ BAD = {
     "npz: a bomb with the right header": (
         instead("b.npz", lambda path: bad_npz(path, npy_header((C, H, W)) + bytes(1 << 27))),
         "b.npz",
-        "134220[0-9]* bytes",
+        "a decompression bomb: 134217728 bytes of numbers where its header says 3072",
     ),
     "npz: less than it says": (
         instead("b.npz", lambda path: bad_npz(path, npy_header((C, H, W)) + bytes(7))),
@@ -298,21 +299,23 @@ BAD = {
     "label: cut": (of_label(lambda path: path.write_bytes(path.read_bytes()[:60])), "b.png", "cannot be decoded, truncated?"),
     "label: a bomb": (of_label(lambda path: path.write_bytes(png_bomb(40_000, 40_000))), "b.png", "40000 x 40000 pixels.*bomb"),
 }
+
+
+def tensor(content):
+    return instead("b.pt", lambda path: torch.save(content, path))
+
+
 if SAFE_PT:
     BAD.update(
         {
-            "pt: code": (instead("b.pt", lambda path: torch.save({"x": Evil()}, path)), "b.pt", "weights_only=True\\) refuses it"),
+            "pt: code": (tensor({"x": Evil()}), "b.pt", r"weights_only=True\) refuses it"),
             "pt: a plain pickle": (instead("b.pt", lambda path: path.write_bytes(pickle.dumps(Evil()))), "b.pt", "refuses it"),
-            "pt: a bomb": (instead("b.pt", lambda path: torch.save(torch.zeros(1 << 20), path)), "b.pt", "unpacks to 4.* bomb"),
-            "pt: integers": (instead("b.pt", lambda path: torch.save(torch.zeros(C, H, W).long(), path)), "b.pt", "floating tensor, got torch.int64"),
-            "pt: a list": (instead("b.pt", lambda path: torch.save([1.0], path)), "b.pt", "expected a floating tensor, got list"),
-            "pt: which": (
-                instead("b.pt", lambda path: torch.save({"x": torch.zeros(1), "y": torch.zeros(1)}, path)),
-                "b.pt",
-                "choose with --key, got x, y",
-            ),
+            "pt: a bomb": (tensor(torch.zeros(1 << 20)), "b.pt", "unpacks to 4.* bomb"),
+            "pt: integers": (tensor(torch.zeros(C, H, W).long()), "b.pt", "floating tensor, got torch.int64"),
+            "pt: a list": (tensor([1.0]), "b.pt", "expected a floating tensor, got list"),
+            "pt: which": (tensor({"x": torch.zeros(1), "y": torch.zeros(1)}), "b.pt", "choose with --key, got x, y"),
         }
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -323,7 +326,7 @@ def test_a_bad_file_is_named_with_its_reason(case, capsys, kind):
     assert run(folder) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("dacal evaluate: ")
-    assert pytest.importorskip("re").search(rf"{name}: .*{reason}|{name}: {reason}", error), error
+    assert re.search(rf"{name}: .*{reason}", error), error
     assert not (folder / "out" / "report.json").exists()
 
     assert run(folder, "--keep-going") == 3

@@ -103,10 +103,11 @@ def _read_array(path: Path, file: Any, size: int, shape: Shape) -> np.ndarray:
         found = "Python objects, which are never unpickled" if dtype.hasobject else str(dtype)
         raise BadFile(path, f"expected floating numbers, got {found}")
     shape.check(path, got)
-    expected = int(np.prod(got)) * dtype.itemsize
-    content = file.read(min(expected, size))
-    if len(content) < expected:
-        raise BadFile(path, f"truncated: {len(content)} of {expected} bytes")
+    expected, left = int(np.prod(got)) * dtype.itemsize, size - file.tell()
+    if left != expected:
+        what = "truncated" if left < expected else "damaged, or a decompression bomb"
+        raise BadFile(path, f"{what}: {left} bytes of numbers where its header says {expected}")
+    content = file.read(expected)
     array = np.frombuffer(content, dtype)
     return array.reshape(got[::-1]).T if fortran else array.reshape(got)
 
