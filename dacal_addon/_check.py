@@ -76,3 +76,12 @@ def check_number(
     """`value` must lie in [low, high]; `rule` says so in words."""
     if not low <= value <= high:  # also refuses NaN
         raise problem(function, expected=f"{name} {rule}", got=repr(value), remedy="choose a value in that range")
+
+
+def check_whole(function: str, name: str, value: object, *, low: int, high: Optional[int] = None) -> None:
+    """`value` must be an `int` in [low, high]."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or not low <= value <= (value if high is None else high):  # type: ignore[operator]
+        limits = f">= {low}" if high is None else f"in {low}..{high}"
+        remedy = "choose a whole number in that range"
+        raise problem(function, expected=f"a whole number {name} {limits}", got=repr(value), remedy=remedy)

@@ -61,7 +61,7 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument("--ignore-index", type=int, default=255, help="the label of pixels that do not count (%(default)s)")
     evaluate.add_argument("--class-names", metavar="FILE", help="a text file, one name a line; or cityscapes")
     evaluate.add_argument("--n-bins", type=_at_least(1), default=15, help="of the diagram and the ECE (%(default)s)")
-    evaluate.add_argument("--classwise", action="store_true", help="class-wise calibration too (about four times slower)")
+    evaluate.add_argument("--classwise", action="store_true", help="class-wise calibration too (four to eight times slower)")
     evaluate.add_argument(
         "--boundary", type=_at_least(1), default=0, metavar="WIDTH", help="report pixels this near a boundary too"
     )
@@ -84,10 +84,15 @@ def main(arguments: Optional[List[str]] = None) -> int:
         # Asked for now and not after five minutes of training.
         for name in needed:
             import_module(name)
+        return _evaluate(options, words) if command == "evaluate" else _demo(options)
     except ImportError as error:
+        if error.name not in needed:
+            raise
         print(f"dacal {command}: {error.name} is not installed; pip install 'dacal-addon[{command}]'", file=sys.stderr)
         return 1
-    return _evaluate(options, words) if command == "evaluate" else _demo(options)
+    except KeyboardInterrupt:
+        print(f"dacal {command}: interrupted", file=sys.stderr)
+        return 130
 
 
 def _evaluate(options: argparse.Namespace, words: List[str]) -> int:

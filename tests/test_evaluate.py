@@ -119,12 +119,12 @@ def test_formats_of_arrays(case, kind):
 
 
 @pytest.mark.skipif(not SAFE_PT, reason="torch.load(weights_only=True) is safe since torch 2.6")
-@pytest.mark.parametrize("key", [None, "seg"])
+@pytest.mark.parametrize("key", [None, "seg", 0])
 def test_formats_of_tensors(case, key):
     folder, z, target = case
     for i, name in enumerate("abc"):
         (folder / "pred" / f"{name}.npy").unlink()
-        torch.save(z[i] if key is None else {"seg": z[i], "step": torch.zeros(1)}, folder / "pred" / f"{name}.pt")
+        torch.save(z[i].clone() if key is None else {key: z[i].clone(), "step": torch.zeros(1)}, folder / "pred" / f"{name}.pt")
     assert run(folder, *([] if key is None else ["--key", key])) == 0
     assert report(folder)["metrics"]["ece"]["value"] == pytest.approx(expected_stats(z, target).ece(), abs=1e-12)
 
@@ -146,6 +146,38 @@ def test_pairs_of_images(case, bits):
     assert found["miou"]["value"] == pytest.approx(stats.miou(), abs=1e-12)
     assert "nll" not in found
     assert run(folder, pred="pairs", kind="probs") == 2
+
+
+def test_a_partner_outside_of_the_folder(case, capsys):
+    folder, _, _ = case
+    png(folder / "pairs" / "a_confidence.png", np.zeros((H, W), "uint8"))
+    png(folder / "a_prediction.png", np.zeros((H, W), "uint8"))
+    (folder / "pairs" / "a_prediction.png").symlink_to("../a_prediction.png")
+    assert run(folder, pred="pairs", kind=None) == 1
+    assert "a_prediction.png: a link that leads out of the folder" in capsys.readouterr().err
+
+
+def test_another_ignored_label(case):
+    folder, z, target = case
+    for i, name in enumerate("abc"):
+        png(folder / "gt" / f"{name}.png", target[i].numpy().astype("uint8") % 252)  # 255 becomes 3
+    assert run(folder, "--ignore-index", 3, "--boundary", 1) == 0
+    stats = CalibrationStats(C, input="logits", ignore_index=3)
+    stats.update(z, target % 252)
+    near = CalibrationStats(C, input="logits", ignore_index=3)
+    near.update(z, target % 252, boundary_mask(target % 252, 1, ignore_index=3))
+    found = report(folder)
+    assert (found["pixels"], found["metrics"]["ece"]["value"]) == pytest.approx((stats.pixels, stats.ece()))
+    figures = (near.pixels, near.accuracy(), near.mean_confidence(), near.ece())
+    assert tuple(found["boundary"].values()) == pytest.approx(figures)
+
+
+def test_no_valid_pixel(case, capsys):
+    folder, _, _ = case
+    for name in "abc":
+        png(folder / "gt" / f"{name}.png", np.full((H, W), 255, "uint8"))
+    assert run(folder) == 1
+    assert "no valid pixel in any image" in capsys.readouterr().err
 
 
 def test_names_and_folders_of_cityscapes(tmp_path):
@@ -199,6 +231,33 @@ def png_bomb(width, height):
     return b"\x89PNG\r\n\x1a\n" + start + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
 
 
+def png_of_two_minds(path, depth, colour):
+    """A second header, which PIL believes, after the first one."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    size = 1 + W * (depth // 8) * (3 if colour == 2 else 1)
+    headers = (chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, d, c, 0, 0, 0)) for d, c in ((8, 0), (depth, colour)))
+    data = chunk(b"IDAT", zlib.compress(bytes(size * H))) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(headers) + data)
+
+
+def npy_text(header):
+    text = header.encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + bytes(100)
+
+
+def bzipped(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("scores.npy", npy_header((C, H, W)) + bytes(4 * C * H * W))
+
+
+def linked_label(folder):
+    (folder / "gt" / "b.png").rename(folder / "b.png")
+    (folder / "gt" / "b.png").symlink_to("../b.png")
+
+
 def bad_npz(path, member, **options):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("scores.npy", member, **options)
@@ -236,12 +295,12 @@ def linked(target):
     return spoil
 
 
-SCORES = np.zeros((C, H, W), "float32")
+SCORES, NO_ARRAY = np.zeros((C, H, W), "float32"), "not an array in numpy's format"
 BAD = {
     "empty": (of_npy(lambda old: b""), "b.npy", "empty"),
     "truncated": (of_npy(lambda old: old[:-100]), "b.npy", "truncated: 2972 bytes of numbers where its header says 3072"),
-    "cut in its header": (of_npy(lambda old: old[:20]), "b.npy", "not an array in numpy's format"),
-    "something else": (of_npy(lambda old: b"GIF89a" + old), "b.npy", "not an array in numpy's format"),
+    "cut in its header": (of_npy(lambda old: old[:20]), "b.npy", NO_ARRAY),
+    "something else": (of_npy(lambda old: b"GIF89a" + old), "b.npy", NO_ARRAY),
     "header of a huge array": (
         of_npy(lambda old: npy_header((19, 1 << 20, 1 << 20)) + old),
         "b.npy",
@@ -257,6 +316,24 @@ BAD = {
     "other classes": (saved(SCORES[:3]), "b.npy", r"got \(3, 12, 16\)"),
     "channels last": (saved(SCORES.transpose(1, 2, 0)), "b.npy", r"got \(12, 16, 4\)"),
     "NaN": (saved(SCORES + np.nan), "b.npy", "expected x: finite logits, got NaN or infinity"),
+    "header: cut syntax": (
+        of_npy(lambda old: npy_text("{'descr': '<f4', 'shape': (")),
+        "b.npy",
+        NO_ARRAY,
+    ),
+    "header: deep": (of_npy(lambda old: npy_text("-" * 9000 + "1")), "b.npy", NO_ARRAY),
+    "header: long sum": (of_npy(lambda old: npy_text("1+1j" + "+1j" * 3000)), "b.npy", NO_ARRAY),
+    "header: odd type": (
+        of_npy(lambda old: npy_text("{'descr': (((('f4',),),),), 'fortran_order': False, 'shape': (4, 12, 16)}")),
+        "b.npy",
+        NO_ARRAY,
+    ),
+    "header: True for 1": (
+        of_npy(lambda old: npy_text("{'descr': '<f4', 'fortran_order': False, 'shape': (True, 4, 12, 16)}")),
+        "b.npy",
+        r"got \(True, 4, 12, 16\)",
+    ),
+    "npz: bzip2": (instead("b.npz", bzipped), "b.npz", "compressed in a way that numpy does not use"),
     "npz: not an archive": (instead("b.npz", lambda path: path.write_bytes(b"PK\x03\x04")), "b.npz", "not an archive"),
     "npz: several arrays": (
         instead("b.npz", lambda path: np.savez(path, x=SCORES, y=SCORES)),
@@ -282,18 +359,30 @@ BAD = {
     "a link to nothing": (linked("nothing.npy"), "b.npy", "cannot be opened: No such file"),
     "a link to itself": (linked("b.npy"), "b.npy", "cannot be opened"),
     "a folder": (instead("b.npy", lambda path: path.mkdir()), "b.npy", "not a file"),
+    "a pipe": (instead("b.npy", os.mkfifo), "b.npy", "not a file"),
     "no prediction": (lambda folder: (folder / "pred" / "b.npy").unlink(), "b.png", "no prediction of image 'b'"),
     "no label": (lambda folder: (folder / "gt" / "b.png").unlink(), "b.npy", "no label of image 'b'"),
     "label: stray": (
         of_label(lambda path: png(path, np.full((H, W), 9, "uint8"))),
         "b.png",
-        "target: classes 0..3 .* got the value 9",
+        "expected classes 0..3 or 255, got the value 9; pass --label-map",
     ),
     "label: colour": (
         of_label(lambda path: png(path, np.zeros((H, W, 3), "uint8"))),
         "b.png",
         "expected a grey PNG .* got 8-bit colour",
     ),
+    "label: two headers, colour": (
+        of_label(lambda path: png_of_two_minds(path, 8, 2)),
+        "b.png",
+        "its own header: RGB",
+    ),
+    "label: two headers, depth": (
+        of_label(lambda path: png_of_two_minds(path, 16, 0)),
+        "b.png",
+        "its own header: I",
+    ),
+    "label: a link that leads out": (linked_label, "b.png", "a link that leads out of the folder"),
     "label: empty": (of_label(lambda path: path.write_bytes(b"")), "b.png", "empty"),
     "label: no PNG": (of_label(lambda path: path.write_bytes(b"GIF89a" * 9)), "b.png", "not a PNG file"),
     "label: cut": (of_label(lambda path: path.write_bytes(path.read_bytes()[:60])), "b.png", "cannot be decoded, truncated?"),
@@ -310,9 +399,11 @@ if SAFE_PT:
         {
             "pt: code": (tensor({"x": Evil()}), "b.pt", r"weights_only=True\) refuses it"),
             "pt: a plain pickle": (instead("b.pt", lambda path: path.write_bytes(pickle.dumps(Evil()))), "b.pt", "refuses it"),
-            "pt: a bomb": (tensor(torch.zeros(1 << 20)), "b.pt", "unpacks to 4.* bomb"),
+            "pt: a bomb": (tensor(torch.zeros(1 << 20)), "b.pt", "unpacks to 4.* are enough; .*clone"),
+            "pt: sparse": (tensor(torch.zeros(C, H, W).to_sparse()), "b.pt", "dense floating tensor, got torch.float32"),
+            "pt: float8": (tensor(torch.zeros(C, H, W).to(torch.float8_e4m3fn)), "b.pt", "."),
             "pt: integers": (tensor(torch.zeros(C, H, W).long()), "b.pt", "floating tensor, got torch.int64"),
-            "pt: a list": (tensor([1.0]), "b.pt", "expected a floating tensor, got list"),
+            "pt: a list": (tensor([1.0]), "b.pt", "expected a dense floating tensor, got list"),
             "pt: which": (tensor({"x": torch.zeros(1), "y": torch.zeros(1)}), "b.pt", "choose with --key, got x, y"),
         }
     )
@@ -356,9 +447,11 @@ def test_names_from_outside_are_harmless(case, capsys):
     folder, _, _ = case
     name = "<script>alert(1)<_script>\x1b[31m.npy"
     (folder / "pred" / name).write_bytes(b"x")
+    (folder / "pred" / os.fsdecode(b"\xff\xfe.npy")).write_bytes(b"x")  # no text in any language
     assert run(folder, "--keep-going") == 3
     error = capsys.readouterr().err
     assert "\\x1b[31m" in error
+    assert "\\udcff\\udcfe.npy" in error
     assert "\x1b[31m" not in error
     page = (folder / "out" / "report.html").read_text()
     assert "<script" not in page
@@ -374,7 +467,9 @@ def test_names_from_outside_are_harmless(case, capsys):
         ({"extra": ["--class-names", "few.txt"]}, 1, "few.txt: expected 4 different names, one a line, got 1"),
         ({"extra": ["--label-map", "few.txt"]}, 1, "few.txt: not a JSON file"),
         ({"extra": ["--label-map", "bad.json"]}, 1, "mapped to training ids 0..3 or 255, got '7': 4"),
-        ({"extra": ["--out", "few.txt"]}, 1, "cannot write to"),
+        ({"extra": ["--class-names", "cityscapes"]}, 2, "expected --num-classes 19 with --class-names cityscapes, got 4"),
+        ({"extra": ["--n-bins", "1000000000"]}, 2, "n_bins in 1..10000, got 1000000000"),
+        ({"extra": ["--out", "few.txt"]}, 1, "few.txt: cannot be written to"),
         ({"kind": "probs"}, 1, "a.npy: expected x: probs whose probabilities are >= 0 and sum to 1"),
     ],
 )
@@ -401,7 +496,7 @@ def test_interrupted(case, monkeypatch, capsys):
 
     monkeypatch.setattr("dacal_addon.evaluate.run.read_prediction", stop)
     assert run(case[0]) == 130
-    assert "interrupted; nothing was written" in capsys.readouterr().err
+    assert "dacal evaluate: interrupted" in capsys.readouterr().err
     assert not (case[0] / "out" / "report.json").exists()
 
 

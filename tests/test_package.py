@@ -51,7 +51,8 @@ def test_only_one_file_imports_higher_and_the_core_needs_nothing_but_its_depende
     assert [name for name, modules in by_file.items() if "higher" in modules] == ["engines/unroll.py"]
     for name, modules in by_file.items():
         installed = {module for module in modules if "site-packages" in str(importlib.util.find_spec(module).origin)}
-        assert installed <= core | (extras if name.startswith("demo/") or name == "cli.py" else set()), name
+        with_extras = name.startswith(("demo/", "evaluate/")) or name in ("cli.py", "plots.py", "progress.py")
+        assert installed <= core | (extras if with_extras else set()), name
 
 
 def test_importing_the_package_loads_neither_higher_nor_an_extra():
@@ -86,8 +87,8 @@ def test_the_wheel_installs_into_an_empty_directory_and_imports_from_there(tmp_p
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_readmes_loops_run_and_the_first_is_twenty_lines():
-    block, shorter = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_readmes_code_runs_and_the_loop_is_twenty_lines(tmp_path, monkeypatch):
+    measured, block, shorter = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     lines = [line for line in block.splitlines() if line.strip() and not line.strip().startswith("#")]
     assert len([line for line in lines if not line.startswith("from ")]) <= 20
     setting = """
@@ -107,6 +108,11 @@ update_teacher = lambda teacher, student: updates.append(1)
     assert not (scope["temperature_net"].last.weight == before).all()
     before = scope["temperature_net"].last.weight.detach().clone()
     exec(shorter.replace("every=4", "every=4, warmup=0"), scope)
+    monkeypatch.chdir(tmp_path)
+    scope.update(network=scope["student"], validation=[(image, label) for image, label, _ in scope["loader"]])
+    exec(measured, scope)
+    assert scope["stats"].images == 6
+    assert (tmp_path / "reliability.png").stat().st_size > 10_000
     assert len(scope["updates"]) == 6
     assert not (scope["temperature_net"].last.weight == before).all()
 

@@ -1,13 +1,19 @@
 """The pictures show the numbers, in one style, whatever the user's matplotlib is set to."""
 
+import itertools
 import math
+import subprocess
+import sys
 
 import matplotlib
+import matplotlib.style
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 from dacal_addon import plots
 from dacal_addon.metrics import CalibrationStats, ReliabilityTable
@@ -26,6 +32,20 @@ TABLE = table([math.nan, 0.4, 0.7, 0.9], [math.nan, 0.5, 0.7, 0.6], [0, 2, 4, 2]
 def bars(axis, label):
     (container,) = (one for one in axis.containers if one.get_label() == label)
     return [(bar.get_x(), bar.get_width(), bar.get_y(), bar.get_height()) for bar in container]
+
+
+EMPTY = table([math.nan] * 2, [math.nan] * 2, [0, 0])
+
+
+def drawn_texts(figure):
+    """What is written in the figure, and where: in pixels."""
+    figure.canvas.draw()
+    hidden = {text for axis in figure.axes if not axis.get_visible() for text in axis.findobj(Text)}
+    for axis in [one for axes in figure.axes for one in (axes.xaxis, axes.yaxis)]:
+        low, high = axis.get_view_interval()
+        hidden.update(tick.label1 for tick in axis.majorTicks if not low <= tick.get_loc() <= high)
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text() and text not in hidden]
+    return {text: text.get_window_extent() for text in texts}
 
 
 def test_the_diagram_shows_the_table():
@@ -51,12 +71,66 @@ def test_the_diagram_shows_the_table():
 
 def test_bins_of_unequal_width_and_empty_tables():
     wide = table([0.3, 0.9], [0.2, 0.8], [5, 5], edges=[0, 0.6, 1.0])
-    nothing = table([math.nan] * 2, [math.nan] * 2, [0, 0])
     one = table([math.nan, 1.0], [math.nan, 0.5], [0, 7])
-    figure = plots.reliability_diagram({"wide": wide, "nothing": nothing, "one": one})
+    figure = plots.reliability_diagram({"wide": wide, "nothing": EMPTY, "one": one})
     assert [width for _, width, _, _ in bars(figure.axes[0], "accuracy")] == pytest.approx([0.6, 0.4])
     assert [axis.texts[0].get_text() for axis in figure.axes[:3]] == ["ECE 10.00 %", "ECE: no pixel", "ECE 50.00 %"]
     assert figure.axes[5].containers[0][1].get_height() == 1
+    assert figure.axes[4].lines[:] == []  # no pixel, no mean
+
+
+@pytest.mark.parametrize(
+    ("pixels", "top"), [([1, 99], 1.0), ([0, 8], 1.0), ([5] * 20, 0.055), ([0, 0], 1.0)], ids=["99 %", "one", "mass", "empty"]
+)
+def test_the_scale_of_the_histogram_is_that_of_the_largest_bin_of_all_panels(pixels, top):
+    first = table([0.5] * len(pixels), [0.5] * len(pixels), pixels)
+    figure = plots.reliability_diagram({"a": first, "b": EMPTY})
+    assert [axis.get_ylim() for axis in figure.axes[2:]] == [(0, pytest.approx(top))] * 2
+
+
+def test_bins_thinner_than_their_edges_have_none():
+    """White edges of 0.4 points would hide a bar that is no wider than they are."""
+    upper = plots.reliability_diagram({"": table([0.5, 0.995], [0.5, 0.9], [5, 5], edges=[0, 0.995, 1])}).axes[0]
+    assert [[bar.get_linewidth() for bar in bars] for bars in upper.containers] == [[0.4, 0]] * 3
+
+
+def test_an_ece_of_the_callers_is_printed_instead():
+    figure = plots.reliability_diagram({"a": TABLE, "b": TABLE}, ece={"b": 0.0321})
+    assert [axis.texts[0].get_text() for axis in figure.axes[:2]] == ["ECE 10.00 %", "ECE 3.21 %"]
+    with pytest.raises(ValueError, match=r"expected titles of ece to be among 'a', 'b', got 'c'; use the titles"):
+        plots.reliability_diagram({"a": TABLE, "b": TABLE}, ece={"c": 0.1})
+
+
+def test_the_legend_has_what_any_panel_has():
+    figure = plots.reliability_diagram({"empty": EMPTY, "full": TABLE})
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {"mean confidence", "mean accuracy", "overconfidence", "underconfidence"} < set(names)
+
+
+@pytest.mark.parametrize("function", [plots.reliability_diagram, plots.classwise_panel])
+def test_no_table_at_all_is_refused(function):
+    with pytest.raises(ValueError, match=rf"{function.__name__}: expected at least one table, got none"):
+        function({})
+
+
+LONG = "a name of several words that goes on and on and on"
+FIGURES = {
+    **{f"{n} panels": (plots.reliability_diagram, {f"{i} {LONG}": TABLE for i in range(n)}) for n in (1, 2, 4)},
+    **{f"{n} classes": (plots.classwise_panel, {f"{i} {LONG}": TABLE for i in range(n)}) for n in (1, 2, 3, 7, 19, 25)},
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_no_text_lies_on_another_one_or_outside(name):
+    function, tables = FIGURES[name]
+    figure = function(tables)
+    texts = drawn_texts(figure)
+    assert len(texts) > 10
+    for (one, here), (other, there) in itertools.combinations(texts.items(), 2):
+        assert not here.overlaps(there), (one.get_text(), other.get_text())
+    for text, box in texts.items():
+        assert figure.bbox.contains(box.x0, box.y0), text
+        assert figure.bbox.contains(box.x1, box.y1), text
 
 
 def test_the_gaps_differ_in_more_than_colour():
@@ -77,7 +151,8 @@ def test_class_panels_show_their_tables():
     assert np.asarray(dots.get_offsets()) == pytest.approx(np.array([[0.1, 0.1], [0.3, 0.5], [0.7, 0.6]]))
     sizes = dots.get_sizes() - 6
     assert sizes / sizes.sum() == pytest.approx([0.9, 0.05, 0.05])
-    colours = {to_hex(one.get_color()[0]).upper(): len(one.get_segments()) for one in axis.collections if one is not dots}
+    lines = [one for one in axis.collections if isinstance(one, LineCollection)]
+    colours = {to_hex(one.get_color()[0]).upper(): len(one.get_segments()) for one in lines}
     assert colours == {plots.ORANGE: 1, plots.SKY: 2}
 
 
@@ -87,7 +162,19 @@ def test_of_many_classes_the_worst_are_shown():
     figure = plots.classwise_panel(tables)
     shown = [axis.get_title().split("\n")[0] for axis in figure.axes if axis.get_visible()]
     assert shown == ["class 7", *(f"class {c}" for c in range(21, 40))]
-    assert figure._suptitle.get_text() == "20 of 41 classes: those with the largest error"
+    assert figure._suptitle.get_text() == "20 of 41 classes: those with the largest class-wise ECE"
+
+
+def test_the_lowest_panel_of_each_column_has_the_axis():
+    figure = plots.classwise_panel({f"class {c}": TABLE for c in range(7)})
+    labelled = [index for index, axis in enumerate(figure.axes) if axis.get_xlabel() == "probability of class"]
+    assert labelled == [2, 3, 4, 5, 6]
+    numbers = [sum(text.get_visible() for text in axis.get_xticklabels()) for axis in figure.axes[:7]]
+    assert numbers == [0, 0, 3, 3, 3, 3, 3]
+
+
+def test_a_class_name_is_no_formula(tmp_path):
+    plots.save(plots.classwise_panel({"$\\nonsense$": TABLE}), tmp_path / "a.png")
 
 
 def test_the_temperature_map_is_centred_on_one():
@@ -102,6 +189,62 @@ def test_the_temperature_map_is_centred_on_one():
     assert figure.axes[1].images[-1].get_array().mask.all()  # nothing is wrong
 
 
+def test_ignored_pixels_are_not_wrong_and_gradients_no_obstacle():
+    logits = torch.zeros(1, 3, 2, 2)
+    logits[:, 1] = 1
+    label = torch.tensor([[[1, 0], [255, 7]]])
+    temperature = torch.ones(1, 1, 2, 2, requires_grad=True)
+    for ignore_index, expected in ((255, [[0, 1], [0, 1]]), (7, [[0, 1], [1, 0]])):
+        figure = plots.temperature_map(torch.rand(1, 3, 2, 2), label, logits, temperature, ignore_index=ignore_index)
+        assert (~figure.axes[1].images[-1].get_array().mask).astype(int).tolist() == expected
+
+
+def test_a_temperature_map_of_something_else_is_refused():
+    good = {
+        "image": torch.rand(2, 3, 4, 5),
+        "label": torch.zeros(2, 4, 5).long(),
+        "logits": torch.rand(2, 6, 4, 5),
+        "temperature": torch.ones(2, 1, 4, 5),
+    }
+    for name, bad, message in [
+        ("image", torch.rand(2, 4, 5, 3), r"expected image: a floating tensor \(2, 3, 4, 5\), got float32 \(2, 4, 5, 3\)"),
+        ("image", torch.zeros(2, 3, 4, 5).byte(), r"got uint8 \(2, 3, 4, 5\)"),
+        ("label", torch.zeros(2, 4, 4).long(), r"expected label: an int64 tensor \(2, 4, 5\)"),
+        ("logits", torch.rand(2, 4, 5), r"expected logits"),
+        ("temperature", torch.ones(2, 1, 2, 5), r"expected temperature: a floating tensor \(2, 1, 4, 5\)"),
+        ("temperature", torch.full((2, 1, 4, 5), -0.5), r"expected temperature > 0, got a minimum of -0.5"),
+        ("temperature", torch.full((2, 1, 4, 5), math.nan), r"expected temperature > 0, got a minimum of nan"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            plots.temperature_map(**{**good, name: bad})
+    with pytest.raises(TypeError, match="expected temperature: a floating tensor"):
+        plots.temperature_map(**{**good, "temperature": 1.5})
+
+
+@pytest.mark.parametrize(("ending", "start"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])
+def test_the_ending_of_the_path_says_how_to_save(ending, start, tmp_path):
+    path = tmp_path / f"figure.{ending}"
+    plots.save(plots.reliability_diagram({"a": TABLE}), path)
+    assert path.read_bytes().startswith(start)
+    assert path.stat().st_size > 5000
+    if ending == "pdf":
+        assert b"/Type3" not in path.read_bytes()  # fonts that publishers refuse
+
+
+def test_pyplot_is_left_alone():
+    code = (
+        "import math, sys, torch; from dacal_addon import metrics, plots\n"
+        "logits = torch.rand(1, 3, 4, 4); label = logits.argmax(1)\n"
+        "table = metrics.reliability(logits, label, input='logits')\n"
+        "figures = [plots.reliability_diagram({'a': table}), plots.classwise_panel({'a': table}),"
+        " plots.temperature_map(logits, label, logits, torch.ones(1, 1, 4, 4))]\n"
+        "[figure.canvas.draw() for figure in figures]\n"
+        "print('matplotlib.figure' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
+    )
+    output = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True, text=True).stdout
+    assert output.split() == ["True", "False"]
+
+
 def test_the_users_settings_neither_matter_nor_change(tmp_path):
     plots.save(plots.reliability_diagram({"a": TABLE, "b": TABLE}), tmp_path / "expected.png")
     hostile = {
@@ -110,7 +253,8 @@ def test_the_users_settings_neither_matter_nor_change(tmp_path):
         "font.size": 30,
         "axes.prop_cycle": "cycler('color', ['red'])",
     }
-    with matplotlib.rc_context({**hostile, "text.usetex": True, "savefig.dpi": 20}):
+    dark = matplotlib.style.library["dark_background"]
+    with matplotlib.rc_context({**dark, **hostile, "text.usetex": True, "savefig.dpi": 20}):
         before = dict(matplotlib.rcParams)
         plots.save(plots.reliability_diagram({"a": TABLE, "b": TABLE}), tmp_path / "got.png")
         assert dict(matplotlib.rcParams) == before

@@ -23,7 +23,7 @@ def predictions_figure(dataset: Dataset, image: Tensor, label: Tensor, predictio
     columns: List[Tuple[str, Any]] = [("target image", image.permute(0, 2, 3, 1).numpy())]
     columns += [(title, dataset.palette[part.numpy()]) for title, part in [("ground truth", label), *predictions.items()]]
     with styled():
-        figure, axes = new_figure(len(image), len(columns), (2.2 * len(columns), 0.3 + 2.2 * len(image) * height / width))
+        figure, axes = new_figure(len(image), len(columns), (2.2 * len(columns), 0.8 + 2.2 * len(image) * height / width))
         for column, (title, pictures) in enumerate(columns):
             axes[0, column].set_title(title)
             for row in range(len(image)):
@@ -33,7 +33,7 @@ def predictions_figure(dataset: Dataset, image: Tensor, label: Tensor, predictio
             Patch(color=tuple((np.asarray(c) / 255).tolist()), label=name)
             for name, c in zip(dataset.class_names, dataset.palette)
         ]
-        figure.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=len(patches))
+        figure.legend(handles=patches, loc="outside lower center", ncol=-(-len(patches) // 2))
         return figure
 
 

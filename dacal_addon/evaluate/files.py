@@ -31,6 +31,11 @@ class BadFile(Exception):
         self.path, self.reason = str(path), reason
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, or else its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class Png(NamedTuple):
     """What the header of a PNG file says."""
 
@@ -46,7 +51,7 @@ def listed(source: Path, endings: Sequence[str]) -> List[Path]:
     """The files of a folder, also below it, or those that a text file names, one a line, relative to its own folder.
 
     Args:
-        source: folder or list. Lines that are empty or start with # are skipped.
+        source: folder or list. Links to folders are not followed. Lines that are empty or start with # are skipped.
         endings: of the files of a folder that are wanted, such as ".npy".
 
     Raises:
@@ -59,7 +64,7 @@ def listed(source: Path, endings: Sequence[str]) -> List[Path]:
     elif source.is_file():
         folder = source.parent
         try:
-            lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
+            lines = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise BadFile(source, f"expected a folder, or a text file that lists paths: {error}") from error
         paths = []
@@ -67,6 +72,8 @@ def listed(source: Path, endings: Sequence[str]) -> List[Path]:
             if line and not line.startswith("#"):
                 if PurePosixPath(line).is_absolute() or PureWindowsPath(line).is_absolute() or ".." in Path(line).parts:
                     raise BadFile(line, f"listed in {source.name}, but not a path below its folder")
+                if Path(line).suffix.lower() not in endings:
+                    raise BadFile(line, f"listed in {source.name}, but does not end in {', '.join(endings)}")
                 paths.append(folder / line)
     else:
         raise BadFile(source, "no such folder or list")

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional
 
 import numpy as np
 
-from .files import BadFile, by_stem, inside, listed, png_header
+from .files import BadFile, by_stem, first_line, inside, listed, png_header
 
 
 def find_labels(folder: Path, *, mapped: bool) -> Dict[str, Path]:
@@ -18,6 +18,8 @@ def find_labels(folder: Path, *, mapped: bool) -> Dict[str, Path]:
     Raises:
         BadFile: no such folder, nothing in it, two labels of one image.
     """
+    if not folder.is_dir():
+        raise BadFile(folder, "no such folder")
     paths = listed(folder, [".png"])
     wanted = "_labelIds" if mapped else "_labelTrainIds"
     return by_stem([path for path in paths if path.stem.endswith(wanted)] or paths)
@@ -43,12 +45,17 @@ def read_png(path: Path, *, palette: bool = False) -> np.ndarray:
         kinds = {0: "grey", 2: "colour", 3: "palette", 4: "grey with alpha", 6: "colour with alpha"}
         found = f"{header.depth}-bit {kinds.get(header.colour, 'unknown')}"
         raise BadFile(path, f"expected a grey PNG of 8 or 16 bits with one number a pixel, got {found}")
+    modes = ("P",) if header.colour == 3 else ("L",) if header.depth == 8 else ("I;16", "I")  # by PIL's version
     try:
-        with Image.open(path) as image:
-            # Some versions of PIL read 16 bits as 32.
+        with Image.open(path, formats=["PNG"]) as image:
+            # A second header inside of the file would count for PIL and not for the checks above.
+            if image.size != (header.width, header.height) or image.mode not in modes:
+                raise BadFile(path, f"contradicts its own header: {image.mode} {image.size}")
             return np.asarray(image).astype(np.int32 if header.depth == 16 else np.uint8)
+    except BadFile:
+        raise
     except Exception as error:  # of many kinds, for what a damaged file can be
-        raise BadFile(path, f"cannot be decoded, truncated? ({error})") from error
+        raise BadFile(path, f"cannot be decoded, truncated? ({first_line(error)})") from error
 
 
 def read_label_map(path: Path, *, num_classes: int, ignore_index: int) -> np.ndarray:
@@ -62,14 +69,14 @@ def read_label_map(path: Path, *, num_classes: int, ignore_index: int) -> np.nda
     """
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadFile(path, f"not a JSON file that can be read: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadFile(path, f"not a JSON file that can be read: {first_line(error)}") from error
     table = np.full(1 << 16, ignore_index, dtype=np.int64)
     if not isinstance(content, dict) or not content:
         raise BadFile(path, 'expected an object of raw values and training ids, such as {"7": 0, "8": 1}')
     for raw, train in content.items():
         known = isinstance(train, int) and not isinstance(train, bool) and (0 <= train < num_classes or train == ignore_index)
-        if not raw.isascii() or not raw.isdigit() or int(raw) >= 1 << 16 or not known:
+        if len(raw) > 5 or not raw.isdigit() or str(int(raw)) != raw or int(raw) >= 1 << 16 or not known:
             ids = f"0..{num_classes - 1} or {ignore_index}"
             raise BadFile(path, f"expected values 0..65535 mapped to training ids {ids}, got {raw!r}: {train!r}")
         table[int(raw)] = train

@@ -4,7 +4,7 @@ import base64
 import shlex
 from html import escape
 from string import Template
-from typing import Any, Iterable, Mapping, Optional, Sequence
+from typing import Any, Iterable, Mapping, Sequence, Union
 
 # Name, unit, definition with its source. Fractions are shown in percent.
 _DEFINITIONS = {
@@ -235,9 +235,9 @@ def _picture(name: str, content: bytes, alternative: str, caption: str) -> str:
     return f"<figure>{image}<figcaption>{escape(caption)} ({escape(name)})</figcaption></figure>"
 
 
-def _number(value: Optional[float], unit: str, *, with_unit: bool = False) -> str:
-    if value is None:
-        return "n/a"
+def _number(value: Union[float, str, None], unit: str, *, with_unit: bool = False) -> str:
+    if value is None or isinstance(value, str):
+        return value or "n/a"
     text = f"{100 * value:.2f}" if unit == "%" else f"{value:.4f}"
     return f"{text} {unit}".rstrip() if with_unit else text
 

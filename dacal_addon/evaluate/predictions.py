@@ -1,7 +1,7 @@
 """Saved predictions, read suspiciously: nothing is unpickled, and nothing is allocated on the word of a header alone."""
 
-import inspect
-import warnings
+import re
+import threading
 import zipfile
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
@@ -9,13 +9,15 @@ from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
 import numpy as np
 import torch
 
-from .files import BadFile, by_stem, inside, listed
+from .files import BadFile, by_stem, first_line, inside, listed
 from .labels import read_png
 
 ARRAYS = (".npy", ".npz", ".pt", ".pth")
 _CONFIDENCE, _CLASS = "_confidence", "_prediction"
 # Besides the numbers themselves: headers, names, the structure of an archive.
 _SLACK = 1 << 20
+# numpy parses headers with `ast`, which in Python 3.11 fails in two threads at a time (SystemError, python/cpython#106905).
+_HEADERS = threading.Lock()
 Array = Union[np.ndarray, torch.Tensor]
 
 
@@ -28,7 +30,8 @@ class Shape(NamedTuple):
 
     def check(self, path: Path, got: Tuple[int, ...]) -> None:
         """`BadFile` unless `got` is (C, H, W), or (1, C, H, W)."""
-        if tuple(got) not in (tuple(self), (1, *self)):
+        whole = all(type(size) is int for size in got)  # in a header, True is 1 as well
+        if not whole or tuple(got) not in (tuple(self), (1, *self)):
             remedy = "resize the logits, or save them at the label's resolution, yourself"
             raise BadFile(path, f"expected an array {tuple(self)} as its label has it, got {tuple(got)}; {remedy}")
 
@@ -80,25 +83,29 @@ def _read_npy(path: Path, shape: Shape, key: Optional[str]) -> Array:
 def _read_npz(path: Path, shape: Shape, key: Optional[str]) -> Array:
     try:
         with zipfile.ZipFile(path) as archive:
-            names = {name[:-4] if name.endswith(".npy") else name: name for name in archive.namelist()}
-            name = names[_choose(path, list(names), key)]
-            size = archive.getinfo(name).file_size
-            with archive.open(name) as file:
-                return _read_array(path, file, size, shape)
-    except BadFile:
-        raise
-    except Exception as error:  # of many kinds, for what a damaged archive can be
+            members = archive.infolist()
+            entries = {re.sub(r"\.npy$", "", entry.filename): entry for entry in members}
+            if len(entries) < len(members):
+                raise BadFile(path, "holds two arrays of one name")
+            entry = entries[_choose(path, list(entries), key)]
+            # Of the others, zipfile unpacks everything at once, however little of it is asked for.
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise BadFile(path, "compressed in a way that numpy does not use")
+            with archive.open(entry) as file:
+                return _read_array(path, file, entry.file_size, shape)
+    except zipfile.BadZipFile as error:
         raise BadFile(path, f"not an archive that can be read, truncated? ({error})") from error
 
 
 def _read_array(path: Path, file: Any, size: int, shape: Shape) -> np.ndarray:
     """One array in numpy's format; its header is believed only as far as the label and the file's size bear it out."""
     try:
-        version = np.lib.format.read_magic(file)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        got, fortran, dtype = header(file)
-    except (ValueError, EOFError) as error:
-        raise BadFile(path, f"not an array in numpy's format ({error})") from error
+        with _HEADERS:
+            version = np.lib.format.read_magic(file)
+            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            got, fortran, dtype = header(file)
+    except Exception as error:  # of many kinds, since it parses Python's syntax; among them MemoryError and RecursionError
+        raise BadFile(path, f"not an array in numpy's format ({first_line(error)})") from error
     if dtype.kind != "f":
         found = "Python objects, which are never unpickled" if dtype.hasobject else str(dtype)
         raise BadFile(path, f"expected floating numbers, got {found}")
@@ -107,7 +114,13 @@ def _read_array(path: Path, file: Any, size: int, shape: Shape) -> np.ndarray:
     if left != expected:
         what = "truncated" if left < expected else "damaged, or a decompression bomb"
         raise BadFile(path, f"{what}: {left} bytes of numbers where its header says {expected}")
-    content = file.read(expected)
+    content = bytearray(expected)  # and not bytes: torch wants memory that can be written
+    view, filled = memoryview(content), 0
+    while filled < expected:
+        count = file.readinto(view[filled:])
+        if not count:
+            raise BadFile(path, f"truncated: {filled} of {expected} bytes")
+        filled += count
     array = np.frombuffer(content, dtype)
     return array.reshape(got[::-1]).T if fortran else array.reshape(got)
 
@@ -115,33 +128,32 @@ def _read_array(path: Path, file: Any, size: int, shape: Shape) -> np.ndarray:
 def _read_pt(path: Path, shape: Shape, key: Optional[str]) -> Array:
     # Before 2.6, weights_only could be got around (CVE-2025-32434).
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version < (2, 6) or "weights_only" not in inspect.signature(torch.load).parameters:
+    if version < (2, 6):
         raise BadFile(path, f"torch {torch.__version__} cannot load it safely; save .npy, or use torch >= 2.6")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > shape.most_bytes:
+            remedy = "of a part of a tensor save a copy, x.clone(): torch saves the whole otherwise"
+            raise BadFile(path, f"unpacks to {size} bytes, where {shape.most_bytes} are enough; {remedy}")
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                size = sum(entry.file_size for entry in archive.infolist())
-            if size > shape.most_bytes:
-                raise BadFile(path, f"unpacks to {size} bytes, where {shape.most_bytes} are enough: a decompression bomb?")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except BadFile:
-        raise
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds, for what a damaged or hostile file can be
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise BadFile(path, f"torch.load(weights_only=True) refuses it: {first}") from error
+        raise BadFile(path, f"torch.load(weights_only=True) refuses it: {first_line(error)}") from error
     if isinstance(content, dict):
-        content = content[_choose(path, [str(name) for name in content], key)]
-    if not isinstance(content, torch.Tensor) or not content.is_floating_point():
-        found = content.dtype if isinstance(content, torch.Tensor) else type(content).__name__
-        raise BadFile(path, f"expected a floating tensor, got {found}")
+        named = {str(name): value for name, value in content.items()}
+        content = named[_choose(path, list(named), key)]
+    plain = isinstance(content, torch.Tensor) and content.layout == torch.strided and content.device.type == "cpu"
+    if not plain or not content.is_floating_point():
+        found = f"{content.dtype} ({content.layout})" if isinstance(content, torch.Tensor) else type(content).__name__
+        raise BadFile(path, f"expected a dense floating tensor, got {found}")
     shape.check(path, content.shape)
-    return content
+    tensor: torch.Tensor = content
+    return tensor
 
 
 def _read_pair(path: Path, folder: Path, shape: Shape) -> Tuple[Array, Array]:
-    partner = path.with_name(path.name.replace(_CONFIDENCE + ".", _CLASS + "."))
+    partner = path.with_name(path.stem[: -len(_CONFIDENCE)] + _CLASS + path.suffix)
     inside(partner, folder)
     confidence, prediction = read_png(path), read_png(partner, palette=True)
     for one, file in ((confidence, path), (prediction, partner)):

@@ -59,12 +59,13 @@ def write_report(results: Results, options: Options, kind: str, command: Sequenc
         plots.save(figure, options.out / name)
     (options.out / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     pictures = {name: (options.out / name).read_bytes() for name in figures}
-    (options.out / "report.html").write_text(make_page(report, pictures), encoding="utf-8")
+    # A file's name may hold bytes that are no text.
+    (options.out / "report.html").write_bytes(make_page(report, pictures).encode("utf-8", "backslashreplace"))
     return ["report.html", "report.json", *figures]
 
 
 def make_report(results: Results, options: Options, kind: str, command: Sequence[str]) -> Dict[str, Any]:
-    """What report.json holds: fractions, not percent; null where there is no value."""
+    """What report.json holds: fractions, not percent; null where there is no value, "infinite" for an infinite one."""
     stats = results.stats
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in options._asdict().items()}
     busy = results.reading_seconds + results.judging_seconds
@@ -128,9 +129,11 @@ def _rows(table: ReliabilityTable) -> List[Dict[str, float]]:
 
 
 def _finite(value: Any) -> Any:
-    """The same with None for NaN and infinity, which JSON does not have."""
+    """The same without what JSON does not have: None for NaN, and infinity as a word."""
     if isinstance(value, dict):
         return {key: _finite(one) for key, one in value.items()}
     if isinstance(value, list):
         return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else "infinite"
+    return value

@@ -6,14 +6,14 @@ import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Deque, Dict, List, NamedTuple, Optional, Sequence, Union
+from typing import Callable, Deque, Dict, List, NamedTuple, Optional, Sequence, TextIO, TypeVar
 
 import numpy as np
 import torch
 
 from ..metrics import CalibrationStats, boundary_mask
 from ..progress import Progress
-from .files import BadFile, shown
+from .files import BadFile, first_line, shown
 from .labels import find_labels, read_class_names, read_label, read_label_map
 from .predictions import Shape, find_predictions, read_prediction
 
@@ -21,6 +21,7 @@ CITYSCAPES = [
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain", "sky",
     "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
 ]  # fmt: skip
+_Result = TypeVar("_Result")
 BAD, WRONG_USE, SKIPPED, INTERRUPTED = 1, 2, 3, 130
 """Exit codes: a bad file stopped it; wrong arguments; finished, with files skipped (--keep-going); Ctrl-C."""
 
@@ -92,34 +93,36 @@ def evaluate(options: Options, *, command: Sequence[str] = ()) -> int:
     """Run the command; returns its exit code. `command`: its words, for the report."""
     from .report import headline, write_report
 
+    threads = torch.get_num_threads()
     try:
         plan = _make_plan(options)
-        options.out.mkdir(parents=True, exist_ok=True)
+        _writing(options, lambda: options.out.mkdir(parents=True, exist_ok=True))
+        results = _run(plan, options)
+        written = _writing(options, lambda: write_report(results, options, plan.input, command))
     except BadFile as error:
         return _complain(error, BAD)
     except ValueError as error:
         return _complain(error, WRONG_USE)
-    except OSError as error:
-        return _complain(f"cannot write to {options.out}: {error.strerror}", BAD)
-    threads = torch.get_num_threads()
-    try:
-        results = _run(plan, options)
-        if isinstance(results, BadFile):
-            return _complain(results, BAD)
-        written = write_report(results, options, plan.input, command)
     except KeyboardInterrupt:
-        return _complain("interrupted; nothing was written", INTERRUPTED)
-    except OSError as error:
-        return _complain(f"cannot write to {options.out}: {error.strerror}", BAD)
+        return _complain("interrupted", INTERRUPTED)
     finally:
         torch.set_num_threads(threads)
     for bad in results.skipped:
         _complain(f"skipped {bad}", SKIPPED)
-    print(headline(results.stats))
-    print(f"Written to {options.out}: {', '.join(written)}")
+    _say(headline(results.stats), sys.stdout)
+    _say(f"Written to {options.out}: {', '.join(written)}", sys.stdout)
+    if not results.stats.pixels:
+        return _complain("no valid pixel in any image", BAD)
     if results.skipped:
         return _complain(f"{len(results.skipped)} skipped, {len(results.images)} evaluated", SKIPPED)
     return 0
+
+
+def _writing(options: Options, write: Callable[[], _Result]) -> _Result:
+    try:
+        return write()
+    except OSError as error:
+        raise BadFile(options.out, f"cannot be written to: {error.strerror}") from error
 
 
 def _make_plan(options: Options) -> _Plan:
@@ -136,7 +139,11 @@ def _make_plan(options: Options) -> _Plan:
         )
     if kind == "top1" and (options.input is not None or options.classwise):
         raise ValueError("pairs of PNGs hold confidences and classes alone; leave out --input and --classwise")
-    if options.class_names == "cityscapes" and options.num_classes == len(CITYSCAPES):
+    if options.class_names == "cityscapes":
+        if options.num_classes != len(CITYSCAPES):
+            raise ValueError(
+                f"expected --num-classes {len(CITYSCAPES)} with --class-names cityscapes, got {options.num_classes}"
+            )
         names = list(CITYSCAPES)
     elif options.class_names is not None:
         names = read_class_names(Path(options.class_names), num_classes=options.num_classes)
@@ -146,7 +153,9 @@ def _make_plan(options: Options) -> _Plan:
     if options.label_map is not None:
         ids = {"num_classes": options.num_classes, "ignore_index": options.ignore_index}
         table = read_label_map(options.label_map, **ids)
-    return _Plan(predictions, labels, kind, table, names)
+    plan = _Plan(predictions, labels, kind, table, names)
+    _new_stats(plan, options)  # complains of numbers that cannot be
+    return plan
 
 
 def _new_stats(plan: _Plan, options: Options) -> CalibrationStats:
@@ -160,8 +169,8 @@ def _new_stats(plan: _Plan, options: Options) -> CalibrationStats:
     )
 
 
-def _run(plan: _Plan, options: Options) -> Union[Results, BadFile]:
-    """Judge every image, in threads of their own, and sum up in order; the first bad file unless `keep_going`."""
+def _run(plan: _Plan, options: Options) -> Results:
+    """Judge every image, in threads of their own, and sum up in order; `BadFile` for the first one unless `keep_going`."""
     total = _new_stats(plan, options)
     near = _new_stats(plan, options) if options.boundary else None
     names = sorted({**plan.predictions, **plan.labels})
@@ -187,7 +196,7 @@ def _run(plan: _Plan, options: Options) -> Union[Results, BadFile]:
                     judged = waiting.popleft().result()
                 except BadFile as error:
                     if not options.keep_going:
-                        return error
+                        raise
                     skipped.append(error)
                 else:
                     total.merge(judged.stats)
@@ -212,23 +221,42 @@ def _judge(name: str, plan: _Plan, options: Options) -> _Judged:
     if name not in plan.labels:
         raise BadFile(path, f"no label of image {name!r} in {options.labels}")
     begun = time.perf_counter()
-    label = read_label(plan.labels[name], folder=options.labels, table=plan.table)[None]
     folder = options.predictions if options.predictions.is_dir() else options.predictions.parent
-    prediction = read_prediction(path, folder=folder, shape=Shape(options.num_classes, *label.shape[1:]), key=options.key)
+    label_path = plan.labels[name]
+    label = _guarded(label_path, lambda: read_label(label_path, folder=options.labels, table=plan.table))[None]
+    shape = Shape(options.num_classes, *label.shape[1:])
+    prediction = _guarded(path, lambda: read_prediction(path, folder=folder, shape=shape, key=options.key))
     read = time.perf_counter()
     stats = _new_stats(plan, options)
     near = _new_stats(plan, options) if options.boundary else None
-    try:
-        stats.update(prediction, label)
-        if near is not None:
-            near.update(prediction, label, boundary_mask(label, options.boundary, ignore_index=options.ignore_index))
-    except (ValueError, TypeError) as error:
-        at_fault = plan.labels[name] if "expected target" in str(error) else path
-        raise BadFile(at_fault, str(error).split(": ", 1)[1]) from error
+    stray = (label != options.ignore_index) & ((label < 0) | (label >= options.num_classes))
+    if stray.any():
+        ids = f"0..{options.num_classes - 1} or {options.ignore_index}"
+        raise BadFile(label_path, f"expected classes {ids}, got the value {label[stray][0]}; pass --label-map for raw ids")
+    _guarded(path, lambda: stats.update(prediction, label))
+    if near is not None:
+        region = boundary_mask(label, options.boundary, ignore_index=options.ignore_index)
+        _guarded(path, lambda: near.update(prediction, label, region))
     row = ImageRow(name, stats.pixels, stats.accuracy(), stats.mean_confidence(), stats.ece(), stats.miou())
     return _Judged(row, stats, near, read - begun, time.perf_counter() - read)
 
 
+def _guarded(path: Path, work: Callable[[], _Result]) -> _Result:
+    """The result, or a `BadFile` that names the file: whatever it makes fail, the other files can still be evaluated."""
+    try:
+        return work()
+    except BadFile:
+        raise
+    except Exception as error:
+        raise BadFile(path, first_line(error).replace("update: ", "", 1)) from error
+
+
 def _complain(what: object, code: int) -> int:
-    print(f"dacal evaluate: {shown(what)}", file=sys.stderr)
+    _say(f"dacal evaluate: {what}", sys.stderr)
     return code
+
+
+def _say(text: str, file: TextIO) -> None:
+    """Print what the terminal can show, and spell out the rest."""
+    encoding = file.encoding or "utf-8"
+    print(shown(text).encode(encoding, "backslashreplace").decode(encoding), file=file)

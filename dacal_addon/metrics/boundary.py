@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._check import check_number, describe, problem
+from .._check import check_whole, describe, problem
 from .arrays import Array, as_tensor
 
 
@@ -27,21 +27,20 @@ def boundary_mask(target: Array, width: int, *, ignore_index: int = 255) -> Tens
 
     Source: the boundary regions of Ding et al., Local Temperature Scaling for Probability Calibration (ICCV 2021, section 4).
     """
-    check_number("boundary_mask", "width", width, low=1, rule=">= 1 pixel")
+    check_whole("boundary_mask", "width", width, low=1)
     label = as_tensor("boundary_mask", "target", target)
-    if label.is_floating_point() or label.dim() != 3 or width != int(width):
-        expected = "target: an integer array (N, H, W), and a whole width"
-        got = f"{describe(label)} and width={width!r}"
-        raise problem("boundary_mask", expected=expected, got=got, remedy="pass class indices", error=ValueError)
-    masks = [_of_one(one.long(), int(width), ignore_index) for one in label]
+    if label.is_floating_point() or label.dtype == torch.bool or label.dim() != 3:
+        expected = "target: an integer array (N, H, W)"
+        raise problem("boundary_mask", expected=expected, got=describe(label), remedy="pass class indices")
+    masks = [_of_one(one.long(), min(width, max(one.shape)), ignore_index) for one in label if label.numel()]
     return torch.stack(masks) if masks else torch.zeros(label.shape, dtype=torch.bool, device=label.device)
 
 
 def _of_one(label: Tensor, width: int, ignore_index: int) -> Tensor:
     # A pixel is near a boundary where the largest and the smallest class of its window differ. Ignored pixels must be neither;
-    # pooling pads with -inf, which is neither too. float32 holds the classes exactly.
+    # pooling pads with -inf, which is neither too.
     void = label == ignore_index
-    values = label.float()
+    values = label.double()
     below = torch.full_like(values, -float("inf"))
     highest, lowest = (_window_max(torch.where(void, below, signed), width) for signed in (values, -values))
     return (highest != -lowest) & ~void

@@ -1,28 +1,47 @@
 """Calibration statistics of any number of images in constant memory."""
 
+import functools
 import math
 from operator import methodcaller
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, TypeVar, Union, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .._check import check_choice, check_number, problem
+from .._check import check_choice, check_number, check_whole, describe, problem
 from ..ranks import Ranks
 from . import totals as _totals
 from .arrays import Array, Predictions, as_batch
 from .binned import NORMS, Cells, ReliabilityTable, calibration_error, mass_bins, tabulate, width_bins
-from .grid import Grid, make_grid
+from .grid import Grid, cell_count, make_grid
 from .ordered import aurc, ks_error
 from .pixels import Judge, Settings, count_, fault, judge
 from .smooth import smooth_ece
 from .totals import Totals
 
 INPUTS = ("logits", "probs", "log_probs", "top1")
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 _BOOTSTRAPPED = ("ece", "mce", "ks", "smece", "brier", "nll", "aurc", "mean_confidence", "accuracy", "miou")
-# A replicate's counts are 130 KB.
+# The confusion matrix has the square of it.
+_MOST_CLASSES = 4096
+_MOST_BINS = 10_000
+# A replicate's counts are 150 KB.
 _REPLICATES_AT_ONCE = 50
+
+
+def _counting(method: _Method) -> _Method:
+    """Without graphs, and with tensors that can be written to later: evaluation loops run in `torch.inference_mode`."""
+
+    @functools.wraps(method)
+    def inner(*arguments: Any, **options: Any) -> Any:
+        with torch.no_grad():
+            if not hasattr(torch, "inference_mode"):
+                return method(*arguments, **options)
+            with torch.inference_mode(False):
+                return method(*arguments, **options)
+
+    return cast(_Method, inner)
 
 
 class Bootstrap(NamedTuple):
@@ -45,11 +64,12 @@ class CalibrationStats:
         num_classes: C >= 2.
         input: what `update` gets: "logits", "probs" (they sum to 1 over C), "log_probs", or "top1", a pair (confidence,
             predicted class), which has no NLL, Brier score or class-wise errors. Nothing is guessed from the values.
-        ignore_index: the label of pixels that do not count.
-        n_bins: bins of the reliability diagram and of ECE.
-        fine_bins: cells of confidence for equal mass, KS, smooth ECE and AURC: a power of two from 256 to 65536.
-        classwise: count the probability of every class too, for `classwise_ece`; about six times slower.
-        per_image: keep the counts of every image (100 KB each with the defaults), for `bootstrap` and image means.
+        ignore_index: the label of pixels that do not count; it may be one of the classes.
+        n_bins: bins of the reliability diagram and of ECE, at most 10,000.
+        fine_bins: cells for equal mass, KS, smooth ECE and AURC, which take pixels of one cell for equal: a power of two from
+            256 to 65536. With 4096, a cell is 0.0005 wide, and towards 1 half a percent of the doubt.
+        classwise: count the probability of every class too, for `classwise_ece`; four to eight times slower.
+        per_image: keep the counts of every image (150 KB each with the defaults), for `bootstrap` and image means.
         device: of the counts; pixels are judged on the device they are on.
         compile: judge pixels with `torch.compile` (torch >= 2.0 and, on a CPU, a C++ compiler; some seconds at the first call).
 
@@ -83,11 +103,13 @@ class CalibrationStats:
         compile: bool = False,
     ) -> None:
         name = "CalibrationStats"
-        check_number(name, "num_classes", num_classes, low=2, rule=">= 2")
+        check_whole(name, "num_classes", num_classes, low=2, high=_MOST_CLASSES)
         check_choice(name, "input", input, INPUTS)
-        check_number(name, "n_bins", n_bins, low=1, rule=">= 1")
+        check_whole(name, "n_bins", n_bins, low=1, high=_MOST_BINS)
+        check_whole(name, "ignore_index", ignore_index, low=-(1 << 52), high=1 << 52)
+        check_whole(name, "fine_bins", fine_bins, low=1)
         if fine_bins not in {1 << power for power in range(8, 17)}:
-            remedy = "4096 resolves everything to about 0.1 %"
+            remedy = "take 4096, or more for many classes"
             raise problem(name, expected="fine_bins: a power of two from 256 to 65536", got=repr(fine_bins), remedy=remedy)
         if classwise and input == "top1":
             remedy = "pass probabilities or logits, or classwise=False"
@@ -97,6 +119,7 @@ class CalibrationStats:
         self._settings = Settings(num_classes, input, ignore_index, n_bins, fine_bins, classwise)
         self.per_image = per_image
         self.device = torch.device("cpu" if device is None else device)
+        self.compile = compile
         self._compiled = _compile(name) if compile else None
         self._synced = False
         self._totals = self._zeros(self.device)
@@ -124,6 +147,13 @@ class CalibrationStats:
         """Images so far, with or without valid pixels."""
         return int(self._totals.images)
 
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, "_compiled": None}  # a compiled function cannot be pickled
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._compiled = _compile("CalibrationStats") if self.compile else None
+
     def __repr__(self) -> str:
         settings = {**self._settings._asdict(), "per_image": self.per_image}
         listed = ", ".join(f"{key}={value!r}" for key, value in settings.items())
@@ -131,6 +161,7 @@ class CalibrationStats:
 
     # Counting
 
+    @_counting
     def update(self, x: Predictions, target: Array, region: Optional[Array] = None) -> None:
         """Count a batch; torch or numpy, on any device, contiguous or not. Nothing is kept of it but counts.
 
@@ -165,25 +196,31 @@ class CalibrationStats:
         if self.per_image:
             self._images += [_totals.without_classes(counts) for counts in counted]
 
+    @_counting
     def merge(self, other: "CalibrationStats") -> None:
         """Add what another one has counted, with the same settings; its images follow after this one's.
 
         Raises:
-            ValueError: other settings. TypeError: something else.
+            ValueError: other settings. TypeError: something else. RuntimeError: only one of them has been summed by `sync`.
         """
         if not isinstance(other, CalibrationStats):
             remedy = "pass a CalibrationStats"
             raise problem("merge", expected="a CalibrationStats", got=type(other).__name__, remedy=remedy, error=TypeError)
         if (self._settings, self.per_image) != (other._settings, other.per_image):
             raise problem("merge", expected=repr(self), got=repr(other), remedy="construct both with the same settings")
+        if self._synced != other._synced:
+            remedy = "merge before sync(), or after it on both"
+            got = "counts of one process and of all"
+            raise problem("merge", expected="both before sync() or both after it", got=got, remedy=remedy, error=RuntimeError)
         images = [Totals(*(field.to(self.device) for field in one)) for one in other._images]
         _totals.add_(self._totals, other._totals)
         self._images += images
 
+    @_counting
     def sync(self, group: Any = None) -> None:
         """Sum over all processes of a group of `torch.distributed`, in place, so that each has the counts of all.
 
-        One all-reduce (SUM) a field. Every process of the group has to call it, also one that has counted nothing. Images
+        By all-reduces (SUM) alone. Every process of the group has to call it, also one that has counted nothing. Images
         follow in the order of the ranks. Without `torch.distributed` initialised, nothing happens.
 
         Raises:
@@ -228,18 +265,22 @@ class CalibrationStats:
             "synced": self._synced,
         }
 
+    @_counting
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Put back what `state_dict` gave; the counts so far are dropped.
 
         Raises:
-            ValueError: counts of other settings. KeyError: not such a state.
+            ValueError: counts of other settings, or of other shapes and kinds. KeyError: not such a state.
         """
         mine = {**self._settings._asdict(), "per_image": self.per_image}
         if state["settings"] != mine:
             remedy = "construct it with the settings of the saved one"
             raise problem("load_state_dict", expected=f"counts for {mine}", got=f"for {state['settings']}", remedy=remedy)
-        counts = Totals(**{name: field.to(self.device, copy=True) for name, field in state["totals"].items()})
-        images = Totals(**{name: field.to(self.device, copy=True) for name, field in state["images"].items()})
+        like = self._zeros(torch.device("cpu"))
+        few = _totals.without_classes(like)
+        length = int(state["totals"]["images"]) if self.per_image else 0
+        counts = Totals(*(self._loaded(state["totals"], name, field, ()) for name, field in like._asdict().items()))
+        images = Totals(*(self._loaded(state["images"], name, field, (length,)) for name, field in few._asdict().items()))
         self._totals, self._images, self._synced = counts, _totals.unstack(images), bool(state["synced"])
 
     # Metrics of calibration
@@ -262,6 +303,8 @@ class CalibrationStats:
         """
         check_choice("ece", "norm", norm, NORMS)
         check_choice("ece", "reduce", reduce, ("pooled", "image_mean"))
+        if debias and norm != "l2":
+            raise problem("ece", expected="norm='l2' with debias=True", got=f"norm={norm!r}", remedy="pass norm='l2'")
         if reduce == "pooled":
             return calibration_error(self._bins(self._totals, binning), norm=norm, debias=debias)
         self._need_images("ece with reduce='image_mean'")
@@ -274,11 +317,11 @@ class CalibrationStats:
         return self.ece(norm="max", binning=binning)
 
     def ks(self) -> float:
-        """Kolmogorov-Smirnov calibration error, which has no bins; see `ks_error`. In 0..1, to about 0.1 %."""
+        """Kolmogorov-Smirnov calibration error, which has no bins; see `ks_error`. In 0..1, to the width of a cell."""
         return ks_error(self._cells(self._totals))
 
     def smece(self) -> float:
-        """Smooth calibration error; see `smooth_ece`. In 0..1, to about 0.1 %."""
+        """Smooth calibration error; see `smooth_ece`. In 0..1, to the width of a cell."""
         return smooth_ece(self._cells(self._totals))
 
     def classwise_ece(
@@ -321,7 +364,8 @@ class CalibrationStats:
         return self._mean(self._totals.nll)
 
     def aurc(self) -> float:
-        """Area under the risk-coverage curve: how well confidence ranks right before wrong; see `ordered.aurc`. In 0..1."""
+        """Area under the risk-coverage curve: how well confidence ranks right before wrong; see `ordered.aurc`. In 0..1,
+        to the width of a cell."""
         return aurc(self._cells(self._totals))
 
     def mean_confidence(self) -> float:
@@ -373,9 +417,7 @@ class CalibrationStats:
             cells, grid = self._cells(self._totals), self._grid
             bins = self._bins(self._totals, binning)
         else:
-            check_number(
-                "reliability", "of_class", of_class, low=0, high=self.num_classes - 1, rule=f"in 0..{self.num_classes - 1}"
-            )
+            check_whole("reliability", "of_class", of_class, low=0, high=self.num_classes - 1)
             bins = self._class_bins(of_class, binning)
             cells, grid = self._class_cells(of_class), self._class_grid
         edges = np.arange(self._settings.n_bins + 1) / self._settings.n_bins
@@ -414,13 +456,17 @@ class CalibrationStats:
         Source: Efron (Annals of Statistics 1979).
         """
         self._need_images("bootstrap")
-        check_number("bootstrap", "replicates", replicates, low=1, rule=">= 1")
+        check_whole("bootstrap", "replicates", replicates, low=1)
         check_number("bootstrap", "level", level, low=0.0, high=1.0, rule="in 0..1")
         if isinstance(metric, str):
             check_choice("bootstrap", "metric", metric, _BOOTSTRAPPED)
             measure: Callable[[CalibrationStats], float] = methodcaller(metric, **options)
-        else:
+        elif callable(metric) and not options:
             measure = metric
+        else:
+            expected = "metric: the name of a method, with its options, or a function of a CalibrationStats, without"
+            got = f"{type(metric).__name__} and {options}"
+            raise problem("bootstrap", expected=expected, got=got, remedy="put the options into the function", error=TypeError)
         if options.get("reduce") == "image_mean":
             remedy = "average ece() of one CalibrationStats an image yourself"
             raise problem("bootstrap", expected="a metric of pooled pixels", got="reduce='image_mean'", remedy=remedy)
@@ -434,17 +480,26 @@ class CalibrationStats:
             rows = min(_REPLICATES_AT_ONCE, replicates - begin)
             picks = torch.randint(len(self._images), (rows, len(self._images)), generator=generator)
             weights = torch.zeros(picks.shape, dtype=torch.float64).scatter_add_(1, picks, torch.ones(picks.shape).double())
-            for drawn._totals in _totals.weighted(stacked, weights):
+            for counts in _totals.weighted(stacked, weights):
+                drawn._totals = counts
                 samples.append(measure(drawn))
         tail = (1 - level) / 2
-        low, high = np.nanquantile(samples, [tail, 1 - tail]) if not np.isnan(samples).all() else (math.nan, math.nan)
+        known = np.sort([sample for sample in samples if not math.isnan(sample)])
+        low, high = math.nan, math.nan
+        if len(known):
+            # Infinite values cannot be interpolated: the nearest ones then.
+            low, high = (
+                np.quantile(known, q) if np.isfinite(known).all() else known[round(q * (len(known) - 1))]
+                for q in (tail, 1 - tail)
+            )
         return Bootstrap(measure(self), float(low), float(high), torch.tensor(samples, dtype=torch.float64))
 
     # Inner parts
 
+    @_counting
     def _zeros(self, device: torch.device) -> Totals:
         settings = self._settings
-        cells = settings.n_bins + settings.fine_bins - 1
+        cells = cell_count(settings.n_bins, settings.fine_bins)
         return _totals.zeros(settings.num_classes, cells, cells if settings.classwise else 0, device)
 
     @property
@@ -479,6 +534,15 @@ class CalibrationStats:
         check_choice("CalibrationStats", "binning", binning, ("width", "mass"))
         n_bins = self._settings.n_bins
         return width_bins(cells, grid.bin_of_cell, n_bins) if binning == "width" else mass_bins(cells, n_bins)
+
+    def _loaded(self, saved: Dict[str, Any], name: str, like: Tensor, leading: Tuple[int, ...]) -> Tensor:
+        """A copy of a saved field, which must have the kind and shape of `like` after the leading dimensions."""
+        found, shape = saved[name], (*leading, *like.shape)
+        if not isinstance(found, Tensor) or found.dtype != like.dtype or tuple(found.shape) != shape:
+            expected = f"{name}: {str(like.dtype).replace('torch.', '')} {shape}"
+            remedy = "pass what state_dict() returned"
+            raise problem("load_state_dict", expected=expected, got=describe(found), remedy=remedy)
+        return found.detach().to(self.device, copy=True)
 
     def _mean(self, total: Tensor) -> float:
         pixels = self.pixels

@@ -60,9 +60,9 @@ def zeros(num_classes: int, cells: int, class_cells: int, device: torch.device) 
 
 def without_classes(totals: Totals) -> Totals:
     """The same without the cells of the classes' probabilities, which are most of it."""
-    return totals._replace(
-        **{name: getattr(totals, name)[:, :0] for name in ("class_pixels", "class_hits", "class_confidence")}
-    )
+    # New tensors: a part of the old ones would keep all of them alive.
+    names = ("class_pixels", "class_hits", "class_confidence")
+    return totals._replace(**{name: getattr(totals, name).new_zeros((len(totals.confusion), 0)) for name in names})
 
 
 def add_(totals: Totals, other: Totals) -> None:
@@ -87,7 +87,12 @@ def weighted(stacked: Totals, weights: Tensor) -> List[Totals]:
     """Sums of the images' totals, each image as often as a row of `weights`, (replicates, images) float64, says."""
     rows = []
     for field in stacked:
-        # Products of integers below 2^53: exact in float64, in which a matrix product is fast.
-        total = weights @ field.reshape(len(field), -1).double()
+        # Products of integers below 2^53: exact in float64, in which a matrix product is fast. 0 times infinity (the NLL of an
+        # image that is not drawn) has to be 0.
+        flat = field.reshape(len(field), -1).double()
+        infinite = torch.isinf(flat)
+        total = weights @ flat.masked_fill(infinite, 0.0)
+        if bool(infinite.any()):
+            total = total.masked_fill((weights @ infinite.double()) > 0, float("inf"))
         rows.append(total.to(field.dtype).reshape(len(weights), *field.shape[1:]))
     return unstack(Totals(*rows))
