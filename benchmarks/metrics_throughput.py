@@ -172,6 +172,7 @@ def main() -> None:
         "--threads", type=int, default=1, help="of torch; more of them wait for each other and use time doing so"
     )
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true", help="times only")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--peak-of", nargs=2, metavar=("NAME", "IMAGES"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -203,7 +204,7 @@ def main() -> None:
             "milliseconds": 1000 * statistics.median(own),
             "reads": statistics.median(a / b for a, b in zip(own, times["one read: amax"])),
         }
-        if name in METRICS:
+        if name in METRICS and not options.quick:
             row["extra_bytes"] = {str(n): peak_in_fresh_process(*arguments, name, str(n)) for n in MEMORY_AFTER[name]}
         rows.append(row)
     missing = [name for name, found in versions.items() if not found]

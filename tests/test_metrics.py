@@ -100,18 +100,18 @@ def test_what_needs_an_order_is_within_a_cell_of_the_definition(saturated):
 
 
 @pytest.mark.parametrize(
-    ("classes", "sharpness", "fine_bins", "tolerance"), [(19, 3.0, 4096, 0.02), (150, 0.3, 4096, 0.25), (150, 0.3, 65536, 0.06)]
+    ("classes", "sharpness", "fine_bins", "cell"), [(19, 3.0, 4096, 5e-4), (150, 0.3, 4096, 5e-4), (150, 0.3, 65536, 2e-4)]
 )
-def test_small_errors_of_calibrated_predictions(classes, sharpness, fine_bins, tolerance):
+def test_small_errors_of_calibrated_predictions(classes, sharpness, fine_bins, cell):
     """Labels drawn from the probabilities: what is left is sampling noise, at confidences down to 1 / C, in a few cells."""
     z, _ = predictions(3, (1, classes, 200, 300), sharpness=sharpness)
     p = torch.softmax(z[0].flatten(1).T, 1)
     y = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(1)).view(1, 200, 300)
     stats = counted(z, y, fine_bins=fine_bins)
     confidence, right = top(*flat(z, y))
-    assert stats.ks() == pytest.approx(oracles.ks(confidence, right), rel=tolerance)
-    assert stats.ece(binning="mass") == pytest.approx(oracles.mass_ece(confidence, right), rel=tolerance)
-    assert stats.aurc() == pytest.approx(oracles.aurc(confidence, right), rel=1e-3)
+    assert stats.ks() == pytest.approx(oracles.ks(confidence, right), abs=cell)
+    assert stats.ece(binning="mass") == pytest.approx(oracles.mass_ece(confidence, right), abs=cell)
+    assert stats.aurc() == pytest.approx(oracles.aurc(confidence, right), abs=cell)
 
 
 def test_equal_confidences_are_in_no_order():
@@ -611,6 +611,7 @@ def test_errors_name_expected_got_and_remedy(call, error, message):
         call()
 
 
+@pytest.mark.skipif(not hasattr(torch, "inference_mode"), reason="torch.inference_mode needs torch >= 1.9")
 def test_counts_of_inference_mode_go_on_outside_of_it():
     z, target = predictions(14)
     expected = counted(z, target, per_image=True)

@@ -154,3 +154,13 @@ def test_the_benchmark_of_the_engines_runs(tmp_path):
     assert len(smooth) == 1
     assert all(row["forward, float64"] <= 1e-10 and row["finite_difference, float64"] <= 1e-6 for row in smooth)
     assert all(row["forward, float32"] <= 1e-4 and row["finite_difference, float32"] <= 1e-2 for row in smooth)
+
+
+@pytest.mark.skipif(not hasattr(torch, "compile"), reason="one of its rows is compiled: torch >= 2.0")
+def test_the_benchmark_of_the_metrics_runs(tmp_path):
+    size = ["--height", "64", "--width", "64"]
+    output = python("benchmarks/metrics_throughput.py", *size, "--runs", "1", "--quick", "--out", tmp_path)
+    for name in ("CalibrationStats", "CalibrationStats, compile=True", "torchmetrics", "netcal"):
+        assert re.search(rf"^{name} +\d+ +\d+\.\d$", output, re.MULTILINE), output
+    assert len(json.loads((tmp_path / "metrics_throughput.json").read_text())["rows"]) >= 8
+    assert 0 <= int(python("benchmarks/metrics_throughput.py", *size, "--peak-of", "CalibrationStats", "3")) < 50e6

@@ -10,7 +10,7 @@ import matplotlib.style
 import numpy as np
 import pytest
 import torch
-from matplotlib.collections import LineCollection
+from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
 from matplotlib.text import Text
@@ -120,6 +120,15 @@ FIGURES = {
 }
 
 
+def test_the_numbers_of_neighbouring_panels_stay_apart():
+    """Else the 1 of the left one and the 0 of the right one read as 10."""
+    figure = plots.reliability_diagram({"a": TABLE, "b": TABLE})
+    figure.canvas.draw()
+    left, right = (axis.get_xticklabels() for axis in figure.axes[2:])
+    one, zero = left[-1].get_window_extent(), right[0].get_window_extent()
+    assert zero.x0 - one.x1 > 1.5 * one.width
+
+
 @pytest.mark.parametrize("name", FIGURES)
 def test_no_text_lies_on_another_one_or_outside(name):
     function, tables = FIGURES[name]
@@ -149,6 +158,8 @@ def test_class_panels_show_their_tables():
     assert axis.get_title() == "road\nECE 1.50 %"  # (5 x 0.2 + 5 x 0.1) / 100
     (dots,) = (one for one in axis.collections if hasattr(one, "get_sizes") and len(one.get_offsets()) == 3)
     assert np.asarray(dots.get_offsets()) == pytest.approx(np.array([[0.1, 0.1], [0.3, 0.5], [0.7, 0.6]]))
+    drawn = [one for one in axis.collections if isinstance(one, PathCollection) and len(one.get_offsets())]
+    assert drawn == [dots]
     sizes = dots.get_sizes() - 6
     assert sizes / sizes.sum() == pytest.approx([0.9, 0.05, 0.05])
     lines = [one for one in axis.collections if isinstance(one, LineCollection)]
@@ -158,7 +169,8 @@ def test_class_panels_show_their_tables():
 
 def test_of_many_classes_the_worst_are_shown():
     tables = {f"class {c}": table([0.5], [0.5 - (0.01 * c if c != 7 else 0.49)], [3]) for c in range(40)}
-    tables["never"] = table([math.nan], [math.nan], [0])
+    # NaN is neither more nor less than a number: in the middle, it would stop the sorting there.
+    tables = {**dict(list(tables.items())[:20]), "never": EMPTY, **tables}
     figure = plots.classwise_panel(tables)
     shown = [axis.get_title().split("\n")[0] for axis in figure.axes if axis.get_visible()]
     assert shown == ["class 7", *(f"class {c}" for c in range(21, 40))]
