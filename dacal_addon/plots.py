@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._check import check_label, check_logits, check_tensor, describe, problem
+from ._check import check_tensor, describe, problem
 from .metrics.binned import ReliabilityTable
 
 # Okabe & Ito's colours, which people with any colour vision tell apart; the gaps have hatches of their own too.
@@ -179,53 +179,58 @@ def classwise_panel(tables: Mapping[str, ReliabilityTable]) -> Any:
         return figure
 
 
-def temperature_map(image: Tensor, label: Tensor, logits: Tensor, temperature: Tensor, *, ignore_index: int = 255) -> Any:
-    """Rows of images: the image, where the prediction errs, the temperature over the image.
+def temperature_map(image: Tensor, temperature: Tensor, *, wrong: Optional[Tensor] = None) -> Any:
+    """Rows of images: the image, where the prediction errs if that is known, the temperature over the image.
 
     Args:
         image: (N, 3, H, W) floating in 0..1.
-        label: (N, H, W) int64; `ignore_index` is neither right nor wrong.
-        logits: (N, C, H, W), whose temperatures are shown.
         temperature: (N, 1, H, W) > 0, without unit.
+        wrong: (N, H, W) bool, True where the prediction whose temperatures these are is wrong.
 
     Raises:
         TypeError, ValueError: another kind, shape or temperature.
     """
     from matplotlib.colors import ListedColormap, TwoSlopeNorm
 
-    check_logits("temperature_map", "logits", logits)
-    count, _, height, width = logits.shape
-    check_label("temperature_map", "label", label, shape=(count, height, width))
-    for name, value, channels in (("image", image, 3), ("temperature", temperature, 1)):
-        shape, remedy = (count, channels, height, width), "pass images and temperatures of the size of the logits"
-        check_tensor("temperature_map", name, value, expected=f"a floating tensor {shape}", remedy=remedy)
-        if tuple(value.shape) != shape or not value.is_floating_point():
-            expected = f"{name}: a floating tensor {shape}"
-            raise problem("temperature_map", expected=expected, got=describe(value), remedy=remedy)
+    expected, remedy = "image: a floating tensor (N, 3, H, W)", "pass a batch of images in 0..1"
+    check_tensor("temperature_map", "image", image, expected=expected, remedy=remedy)
+    if image.dim() != 4 or image.shape[1] != 3 or not image.is_floating_point():
+        raise problem("temperature_map", expected=expected, got=describe(image), remedy=remedy)
+    count, _, height, width = image.shape
+    shape, remedy = (count, 1, height, width), "pass temperatures of the size of the image"
+    check_tensor("temperature_map", "temperature", temperature, expected=f"a floating tensor {shape}", remedy=remedy)
+    if tuple(temperature.shape) != shape or not temperature.is_floating_point():
+        expected = f"temperature: a floating tensor {shape}"
+        raise problem("temperature_map", expected=expected, got=describe(temperature), remedy=remedy)
     if not bool((temperature > 0).all()):  # also refuses NaN
         got, remedy = f"a minimum of {float(temperature.min()):g}", "pass temperatures, not their logarithms"
         raise problem("temperature_map", expected="temperature > 0", got=got, remedy=remedy)
+    if wrong is not None and (wrong.dtype != torch.bool or tuple(wrong.shape) != (count, height, width)):
+        expected, remedy = f"wrong: a bool tensor {(count, height, width)}", "compare prediction and label"
+        raise problem("temperature_map", expected=expected, got=describe(wrong), remedy=remedy)
     pictures = image.detach().cpu().float().permute(0, 2, 3, 1).numpy()
-    wrong = ((logits.argmax(1) != label) & (label != ignore_index)).cpu().numpy()
     log_t = temperature.detach().cpu().double().log2().numpy()[:, 0]
     # The middle of the scale is T = 1, neither sharpened nor softened; its ends are the 1st and the 99th percentile,
     # neither side shorter than a quarter of the other, so that nearly nothing does not look like much.
     low, high = (float(np.quantile(log_t, q)) for q in (0.01, 0.99))
     low, high = min(low, -high / 4, -0.05), max(high, -low / 4, 0.05)
     with styled():
-        figure, axes = new_figure(count, 3, (9.8, 0.3 + 3.0 * count * height / width))
+        columns = 2 if wrong is None else 3
+        figure, axes = new_figure(count, columns, (3.2 * columns + 0.2, 0.3 + 3.0 * count * height / width))
         for row, picture in zip(axes, range(count)):
             grey = np.repeat(pictures[picture].mean(2, keepdims=True), 3, 2)
             row[0].imshow(pictures[picture])
             for axis in row[1:]:
                 axis.imshow(0.5 + 0.5 * grey)
-            mask = np.ma.masked_where(~wrong[picture], wrong[picture])
-            row[1].imshow(mask, cmap=ListedColormap([ORANGE]), interpolation="nearest")
-            shown = row[2].imshow(log_t[picture], cmap="PuOr_r", norm=TwoSlopeNorm(0.0, low, high), alpha=0.65)
-        for axis, title in zip(axes[0], ("image", "where the prediction is wrong", "temperature of its label")):
+            if wrong is not None:
+                errs = wrong[picture].cpu().numpy()
+                row[1].imshow(np.ma.masked_where(~errs, errs), cmap=ListedColormap([ORANGE]), interpolation="nearest")
+            shown = row[-1].imshow(log_t[picture], cmap="PuOr_r", norm=TwoSlopeNorm(0.0, low, high), alpha=0.65)
+        titles = ["image", "where the prediction is wrong", "temperature of its label"]
+        for axis, title in zip(axes[0], titles if wrong is not None else titles[::2]):
             axis.set_title(title)
         bare(axes)
-        colours = figure.colorbar(shown, ax=list(axes[:, 2]), fraction=0.05, pad=0.02)
+        colours = figure.colorbar(shown, ax=list(axes[:, -1]), fraction=0.05, pad=0.02)
         ticks = np.linspace(low, 0, 3).tolist() + np.linspace(0, high, 3).tolist()[1:]
         colours.set_ticks(ticks)
         colours.set_ticklabels([f"{2**tick:.2f}" for tick in ticks])

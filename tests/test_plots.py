@@ -190,39 +190,30 @@ def test_a_class_name_is_no_formula(tmp_path):
 
 
 def test_the_temperature_map_is_centred_on_one():
-    image, logits = torch.rand(2, 3, 8, 9), torch.randn(2, 4, 8, 9)
     temperature = torch.full((2, 1, 8, 9), 0.5)
     temperature[:, :, :4] = 2.0
-    figure = plots.temperature_map(image, logits.argmax(1), logits, temperature)
-    last = figure.axes[5].images[-1]
+    figure = plots.temperature_map(torch.rand(2, 3, 8, 9), temperature)
+    last = figure.axes[3].images[-1]
     assert np.asarray(last.get_array()) == pytest.approx(np.log2(temperature[1, 0].numpy()))
     assert (last.norm.vmin, last.norm.vcenter, last.norm.vmax) == pytest.approx((-1, 0, 1))
     assert [text.get_text() for text in figure.axes[-1].get_yticklabels()] == ["0.50", "0.71", "1.00", "1.41", "2.00"]
-    assert figure.axes[1].images[-1].get_array().mask.all()  # nothing is wrong
 
 
-def test_ignored_pixels_are_not_wrong_and_gradients_no_obstacle():
-    logits = torch.zeros(1, 3, 2, 2)
-    logits[:, 1] = 1
-    label = torch.tensor([[[1, 0], [255, 7]]])
+def test_the_temperature_map_shows_what_is_wrong_and_minds_no_gradient():
+    wrong = torch.tensor([[[False, True], [False, False]]])
     temperature = torch.ones(1, 1, 2, 2, requires_grad=True)
-    for ignore_index, expected in ((255, [[0, 1], [0, 1]]), (7, [[0, 1], [1, 0]])):
-        figure = plots.temperature_map(torch.rand(1, 3, 2, 2), label, logits, temperature, ignore_index=ignore_index)
-        assert (~figure.axes[1].images[-1].get_array().mask).astype(int).tolist() == expected
+    figure = plots.temperature_map(torch.rand(1, 3, 2, 2), temperature, wrong=wrong)
+    assert (~figure.axes[1].images[-1].get_array().mask).tolist() == wrong[0].tolist()
+    assert len(figure.axes) == 4  # three columns and the scale
 
 
 def test_a_temperature_map_of_something_else_is_refused():
-    good = {
-        "image": torch.rand(2, 3, 4, 5),
-        "label": torch.zeros(2, 4, 5).long(),
-        "logits": torch.rand(2, 6, 4, 5),
-        "temperature": torch.ones(2, 1, 4, 5),
-    }
+    good = {"image": torch.rand(2, 3, 4, 5), "temperature": torch.ones(2, 1, 4, 5), "wrong": torch.ones(2, 4, 5).bool()}
     for name, bad, message in [
-        ("image", torch.rand(2, 4, 5, 3), r"expected image: a floating tensor \(2, 3, 4, 5\), got float32 \(2, 4, 5, 3\)"),
+        ("image", torch.rand(2, 4, 5, 3), r"expected image: a floating tensor \(N, 3, H, W\), got float32 \(2, 4, 5, 3\)"),
         ("image", torch.zeros(2, 3, 4, 5).byte(), r"got uint8 \(2, 3, 4, 5\)"),
-        ("label", torch.zeros(2, 4, 4).long(), r"expected label: an int64 tensor \(2, 4, 5\)"),
-        ("logits", torch.rand(2, 4, 5), r"expected logits"),
+        ("wrong", torch.ones(2, 4, 4).bool(), r"expected wrong: a bool tensor \(2, 4, 5\), got bool \(2, 4, 4\)"),
+        ("wrong", torch.ones(2, 4, 5), r"expected wrong: a bool tensor \(2, 4, 5\), got float32"),
         ("temperature", torch.ones(2, 1, 2, 5), r"expected temperature: a floating tensor \(2, 1, 4, 5\)"),
         ("temperature", torch.full((2, 1, 4, 5), -0.5), r"expected temperature > 0, got a minimum of -0.5"),
         ("temperature", torch.full((2, 1, 4, 5), math.nan), r"expected temperature > 0, got a minimum of nan"),
@@ -249,7 +240,7 @@ def test_pyplot_is_left_alone():
         "logits = torch.rand(1, 3, 4, 4); label = logits.argmax(1)\n"
         "table = metrics.reliability(logits, label, input='logits')\n"
         "figures = [plots.reliability_diagram({'a': table}), plots.classwise_panel({'a': table}),"
-        " plots.temperature_map(logits, label, logits, torch.ones(1, 1, 4, 4))]\n"
+        " plots.temperature_map(logits, torch.ones(1, 1, 4, 4))]\n"
         "[figure.canvas.draw() for figure in figures]\n"
         "print('matplotlib.figure' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
     )

@@ -133,7 +133,7 @@ def _write_pictures(
     if "dacal" in finished:
         logits = finished["dacal"].logits[chosen]
         temperature = _temperature(finished["dacal"].trained, image[chosen], recipe, device)
-        figures["temperature.png"] = plots.temperature_map(image[chosen], label[chosen], logits, temperature)
+        figures["temperature.png"] = plots.temperature_map(image[chosen], temperature, wrong=logits.argmax(1) != label[chosen])
     for name, figure in figures.items():
         plots.save(figure, out / name)
     return list(figures)
