@@ -2,14 +2,14 @@
 
 import math
 from functools import partial
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._check import check_choice, check_classes, check_label, check_number, check_tensor, describe, problem
-from .engines import Student, check_supported, hypergradient, ranks_of
+from .engines import Hypergradient, Student, check_supported, hypergradient, ranks_of
 from .engines import backward as plain_backward
 from .losses import CrossEntropyAndGap, cross_entropy, soft_cross_entropy
 from .mixing import class_mask, mix
@@ -40,6 +40,64 @@ class CalibrationStepResult(NamedTuple):
     """Why the temperature net was left as it was; None if it was updated."""
     inner_loss: float = math.nan
     """The loss on the mixed images, which `backward=True` has trained the student with."""
+
+
+def waiting(iteration: int, *, warmup: int, every: int) -> Optional[str]:
+    """Why iteration `iteration`, counted from 0, takes no meta-step; None if it takes one.
+
+    Example:
+        >>> [waiting(i, warmup=1, every=2) for i in range(3)]
+        ['warm-up: iteration 1 of 1', None, 'every=2: 1 more until the next meta-step']
+    """
+    if iteration < warmup:
+        return f"warm-up: iteration {iteration + 1} of {warmup}"
+    turn = (iteration - warmup) % every
+    return f"every={every}: {every - turn} more until the next meta-step" if turn else None
+
+
+def descend(
+    result: Hypergradient,
+    meta_parameters: Sequence[Tensor],
+    meta_optimizer: torch.optim.Optimizer,
+    *,
+    temperature: Tensor,
+    measured_before: bool = True,
+) -> CalibrationStepResult:
+    """Update the meta parameters by a hypergradient, unless it is no use; says in `skipped` why it is not.
+
+    Args:
+        temperature: what the virtual step used, for the report.
+        measured_before: the `measure_before` of the hypergradient; without it, that loss is NaN and means nothing.
+    """
+    norm = math.sqrt(sum(float(grad.double().pow(2).sum()) for grad in result.grads))
+    before, after = float(result.outer_loss_before), float(result.outer_loss_after)
+    reason = None
+    if not (math.isfinite(after) and (math.isfinite(before) or not measured_before)):
+        reason = f"outer loss is not finite: {before} before, {after} after the virtual step"
+    elif not math.isfinite(norm):
+        reason = "hypergradient is not finite"
+    elif norm == 0.0:  # Adam would move on by its momentum
+        reason = "hypergradient is zero: no target pixel has a weight in the inner mix, or no pixel is judged"
+    else:
+        # .grad is None outside these lines: a host whose optimizer owns every parameter of its module must not see it.
+        try:
+            for parameter, grad in zip(meta_parameters, result.grads):
+                parameter.grad = grad
+            meta_optimizer.step()
+        finally:
+            for parameter in meta_parameters:
+                parameter.grad = None
+    return CalibrationStepResult(
+        before,
+        after,
+        float(temperature.mean()),
+        float(temperature.min()),
+        float(temperature.max()),
+        norm,
+        result.engine,
+        reason,
+        float(result.inner_loss),
+    )
 
 
 class BilevelCalibrationStep:
@@ -207,7 +265,7 @@ class BilevelCalibrationStep:
         self._check_batch(source_image, source_label, target_image, teacher_logits)
         if mask is not None:
             mix(mask, source_label, source_label)  # for its checks
-        reason = self._waiting()
+        reason = waiting(self.iteration, warmup=self.warmup, every=self.every)
         if reason is not None and self.iteration and not backward:
             self.iteration += 1
             return self._skipped(reason)
@@ -270,29 +328,13 @@ class BilevelCalibrationStep:
             measure_before=self.measure_before,
             process_group=self.process_group,
         )
-        norm = math.sqrt(sum(float(grad.double().pow(2).sum()) for grad in result.grads))
-        temperature = labels.temperature
-        before, after = float(result.outer_loss_before), float(result.outer_loss_after)
-        reason = None
-        if not (math.isfinite(after) and (math.isfinite(before) or not self.measure_before)):
-            reason = f"outer loss is not finite: {before} before, {after} after the virtual step"
-        elif not math.isfinite(norm):
-            reason = "hypergradient is not finite"
-        elif norm == 0.0:  # Adam would move on by its momentum
-            reason = "hypergradient is zero: no target pixel has a weight in the inner mix, or no pixel is judged"
-        else:
-            self._update(result.grads)
         self.iteration += 1
-        return CalibrationStepResult(
-            before,
-            after,
-            float(temperature.mean()),
-            float(temperature.min()),
-            float(temperature.max()),
-            norm,
-            result.engine,
-            reason,
-            float(result.inner_loss),
+        return descend(
+            result,
+            self._meta_parameters,
+            self.meta_optimizer,
+            temperature=labels.temperature,
+            measured_before=self.measure_before,
         )
 
     def state_dict(self) -> Dict[str, Any]:
@@ -316,12 +358,6 @@ class BilevelCalibrationStep:
         self._generator.set_state(state["generator"].cpu())  # map_location may have moved it
         self.iteration = state["iteration"]
 
-    def _waiting(self) -> Optional[str]:
-        if self.iteration < self.warmup:
-            return f"warm-up: iteration {self.iteration + 1} of {self.warmup}"
-        turn = (self.iteration - self.warmup) % self.every
-        return f"every={self.every}: {self.every - turn} more until the next meta-step" if turn else None
-
     def _skipped(self, reason: str) -> CalibrationStepResult:
         nan = float("nan")
         return CalibrationStepResult(nan, nan, nan, nan, nan, nan, self.engine, reason)
@@ -336,16 +372,6 @@ class BilevelCalibrationStep:
         if logits.shape[-2:] != image.shape[-2:]:
             logits = F.interpolate(logits, size=image.shape[-2:], mode="bilinear", align_corners=False)
         return logits
-
-    def _update(self, grads: Any) -> None:
-        # .grad is None outside these lines: a host whose optimizer owns every parameter of its module must not see it.
-        try:
-            for parameter, grad in zip(self._meta_parameters, grads):
-                parameter.grad = grad
-            self.meta_optimizer.step()
-        finally:
-            for parameter in self._meta_parameters:
-                parameter.grad = None
 
     def _check_batch(self, source_image: Any, source_label: Any, target_image: Any, teacher_logits: Any) -> None:
         name = "BilevelCalibrationStep"

@@ -41,7 +41,8 @@ def styled() -> Any:
     import matplotlib
 
     defaults: Any = {key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}
-    return matplotlib.rc_context({**defaults, **_STYLE})
+    # DAFormer's matplotlib 3.4 does not know all of them.
+    return matplotlib.rc_context({**defaults, **{key: value for key, value in _STYLE.items() if key in defaults}})
 
 
 def new_figure(rows: int, columns: int, size: Tuple[float, float], **options: Any) -> Tuple[Any, Any]:
