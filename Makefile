@@ -7,7 +7,7 @@ LEGACY_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.8.*/bin/python
 BIN := .venv/bin
 LEGACY := .venv-legacy/bin
 
-.PHONY: demo test test-legacy check clean
+.PHONY: demo test test-legacy check upstream clean
 
 demo: .venv/ready
 	$(BIN)/dacal demo $(ARGS)
@@ -24,6 +24,22 @@ check: .venv/ready
 test-legacy: .venv-legacy/ready
 	$(LEGACY)/python -m pytest -q
 
+# The integration in the real trainers: make upstream DAFORMER=path HRDA=path MIC=path, each where there is one. Their environment
+# is built unless HOST_PYTHON names the interpreter of another, for example of the official one (examples/mmseg/README.md).
+HOST_PYTHON ?= .venv-hosts/bin/python
+upstream: .venv/ready $(if $(filter .venv-hosts/%,$(HOST_PYTHON)),.venv-hosts/ready)
+	DACAL_DAFORMER="$(DAFORMER)" DACAL_HRDA="$(HRDA)" DACAL_MIC="$(MIC)" DACAL_HOST_PYTHON="$(abspath $(HOST_PYTHON))" \
+		$(BIN)/python -m pytest -q -rs tests/test_upstream.py
+
+# mmcv 1.3.7 in pure Python, and a torch of today, on a CPU.
+.venv-hosts/ready:
+	$(PYTHON) -m venv .venv-hosts
+	.venv-hosts/bin/python -m pip install --quiet $(TORCH)
+	.venv-hosts/bin/python -m pip install --quiet --no-deps timm==0.3.2 kornia==0.7.4 kornia_rs==0.1.9 higher==0.2.1
+	.venv-hosts/bin/python -m pip install --quiet --requirement examples/mmseg/requirements.txt
+	.venv-hosts/bin/python -m pip install --quiet --no-deps --no-build-isolation mmcv==1.3.7
+	touch $@
+
 .venv/ready: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(TORCH)
@@ -38,4 +54,4 @@ test-legacy: .venv-legacy/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-legacy build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-legacy .venv-hosts build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

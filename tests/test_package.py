@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import dacal_addon
+from dacal_addon.integrations.options import Options, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,6 +52,7 @@ def test_only_one_file_imports_higher_and_the_core_needs_nothing_but_its_depende
     assert [name for name, modules in by_file.items() if "higher" in modules] == ["engines/unroll.py"]
     for name, modules in by_file.items():
         installed = {module for module in modules if "site-packages" in str(importlib.util.find_spec(module).origin)}
+        modules -= {"mmseg"} if name == "integrations/mmseg.py" else set()  # the host, which only this file may import
         with_extras = name.startswith(("demo/", "evaluate/")) or name in ("cli.py", "plots.py", "progress.py")
         assert installed <= core | (extras if with_extras else set()), name
 
@@ -123,7 +125,7 @@ def test_every_make_target_and_file_that_the_readme_names_exists():
     assert {"demo", "test"} <= named <= targets
     for path in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
         assert (ROOT / path).exists(), path
-    for path in re.findall(r"python (\S+\.py)", README):
+    for path in set(re.findall(r"python (\S+\.py)", README)) - {"run_experiments.py"}:  # the hosts'
         assert (ROOT / path).exists(), path
 
 
@@ -133,6 +135,66 @@ def test_the_plain_loop_runs(labels):
     assert re.search(r"target mIoU \d+\.\d %\ntarget ECE +\d+\.\d\d %", output)
     assert ("iteration 0: warm-up: iteration 1 of 20\n" in output) == (labels == "dacal")
     assert ("iteration 70: T " in output) == (labels == "dacal")
+
+
+def test_the_lightning_loop_runs_and_resumes(tmp_path):
+    pytest.importorskip("lightning")
+    saved = str(tmp_path / "end.ckpt")
+    loop = ("examples/lightning_loop.py", "--batch", "2", "--checkpoint", saved)
+    for labels in ("dacal", "hard"):
+        output = python(*loop, "--iters", "60", "--labels", labels)
+        assert re.search(r"target mIoU \d+\.\d %\ntarget ECE +\d+\.\d\d %", output)
+        if labels == "dacal":
+            first = torch.load(saved, weights_only=False)
+            python(*loop, "--iters", "62", "--resume", saved)
+            then = torch.load(saved, weights_only=False)
+            assert (first["dacal"]["iteration"], then["dacal"]["iteration"]) == (60, 62)
+            assert first["dacal"]["temperature_net"]["last.bias"] != 0
+            steps = [one["dacal"]["meta_optimizer"]["state"][0]["step"] for one in (first, then)]
+            assert steps[0] < steps[1] <= steps[0] + 2
+            assert not [name for name in first["state_dict"] if "layers" in name]  # no part of the module
+
+
+@pytest.mark.parametrize("host", ["daformer", "hrda", "mic"])
+def test_the_patches_add_files_and_touch_none(host, tmp_path):
+    patch = (ROOT / "examples" / host / "dacal.patch").read_text()
+    headers = ("diff ", "new file ", "index ", "--- /dev/null", "+++ ", "@@ ")
+    lines = [line for line in patch.splitlines() if not line.startswith(headers)]
+    assert lines
+    assert all(line.startswith("+") for line in lines)
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    subprocess.run(["git", "apply", str(ROOT / "examples" / host / "dacal.patch")], cwd=tmp_path, check=True)
+    configs = list(tmp_path.rglob("dacal/*.py"))
+    assert sorted(path.name for path in configs) == ["cs2acdc.py", "gta2cs.py", "synthia2cs.py"]
+    for path in configs:
+        compile(path.read_text(), str(path), "exec")
+    namespace = {}
+    exec(next(path for path in configs if path.name == "gta2cs.py").read_text(), namespace)
+    assert parse(namespace["uda"]["dacal"]) == Options()
+    assert namespace["uda"]["type"] == "DACalDACS"
+    subprocess.run(["bash", "-n", str(ROOT / "examples" / host / "try.sh")], check=True)
+
+
+def test_the_hosts_page_lists_every_option_and_its_default():
+    page = (ROOT / "examples/mmseg/README.md").read_text()
+    for name in Options._fields:
+        assert f"`{name}`" in page
+    for text in ("| `warmup_iters` | 3000 |", "| `every` | 1 |", "| `meta_lr` | 3e-4 |", "16, 1.0, 5.0", "| `seed` | 0 |"):
+        assert text in page
+    defaults = Options()
+    assert (defaults.warmup_iters, defaults.every, defaults.meta_lr, defaults.seed) == (3000, 1, 3e-4, 0)
+    assert (defaults.hidden_channels, defaults.initial_temperature, defaults.max_ratio) == (16, 1.0, 5.0)
+
+
+def test_the_tiny_data_sets_have_what_the_hosts_look_for(tmp_path):
+    python("examples/mmseg/tiny_data.py", tmp_path, "--images", "1")
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")}
+    assert {"gta/images/00001.png", "gta/labels/00001_labelTrainIds.png", "synthia/GT/LABELS/00001_labelTrainIds.png"} <= files
+    assert "cityscapes/leftImg8bit/train/tiny/tiny_000000_000019_leftImg8bit.png" in files
+    assert "acdc/gt/val/fog/GP010001_frame_000001_gt_labelTrainIds.png" in files
+    stats = json.loads((tmp_path / "gta/sample_class_stats.json").read_text())
+    assert sum(n for key, n in stats[0].items() if key != "file") == 256 * 128
+    assert set(stats[0]) - {"file"} <= {"0", "1", "2", "4", "5", "7", "8", "10", "11", "13"}
 
 
 def test_the_benchmark_of_the_pieces_runs():

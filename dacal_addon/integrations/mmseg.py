@@ -40,6 +40,13 @@ from .shadows import shadowed, unshadowed
 _LOGGER = logging.getLogger("mmseg")  # the host's
 _IGNORE = 255  # of mmseg's heads, and of its class masks
 _STATE = "dacal."
+# Why there was no meta-step, by how `waiting` and `descend` begin to say it.
+_SKIPPED = {
+    "warmup": ("warm-up",),
+    "every": ("every",),
+    "not_finite": ("outer loss", "hypergradient is not finite"),
+    "zero": ("hypergradient is zero",),
+}
 
 
 @UDA.register_module()
@@ -52,7 +59,8 @@ class DACalDACS(DACS):  # type: ignore[misc]
 
     Log variables, beside the host's: `dacal.temperature_mean`, `_min`, `_max` over the target pixels of the batch;
     `dacal.outer_loss` after the virtual step and the hypergradient's size, `dacal.hypergradient_log10`, at iterations with a
-    meta-step; `dacal.skipped_<why>` = 1 where temperatures did not learn.
+    meta-step; `dacal.skipped_<why>`, 1 where temperatures did not learn and else 0, why: `warmup`, `every`, `not_finite` or
+    `zero` (the hypergradient).
 
     Raises:
         ValueError, TypeError: an unknown key or value in `dacal`, a host that it cannot calibrate.
@@ -259,11 +267,11 @@ class Iteration:
         if reason is None:
             result = self._learn(image, img_metas, hard_label.contiguous(), weight, mask)
             reason = result.skipped
-            self.log_vars["dacal.outer_loss"] = result.outer_loss_after
-            if result.hypergradient_norm > 0:  # tiny: the host's log has four decimals
-                self.log_vars["dacal.hypergradient_log10"] = math.log10(result.hypergradient_norm)
-        if reason is not None:
-            self.log_vars["dacal.skipped_" + _key(reason)] = 1.0
+            sizes = {"outer_loss": result.outer_loss_after, "hypergradient_log10": _log10(result.hypergradient_norm)}
+            self.log_vars.update({f"dacal.{name}": value for name, value in sizes.items() if math.isfinite(value)})
+        # All of them at every iteration: mmcv goes on to report the last values of what is not there any more.
+        for why, starts in _SKIPPED.items():
+            self.log_vars[f"dacal.skipped_{why}"] = float(reason is not None and reason.startswith(starts))
         self.calibration.say(reason)
         self.calibration.iteration += 1
         with torch.no_grad():
@@ -408,9 +416,6 @@ def _total(losses: Dict[str, Any]) -> Tensor:
     return total
 
 
-def _key(reason: str) -> str:
-    """The name of a log variable: mmcv averages numbers, so that a share of 1 is all it can say."""
-    for start, key in (("warm-up", "warmup"), ("every", "every"), ("hypergradient is zero", "zero_hypergradient")):
-        if reason.startswith(start):
-            return key
-    return "not_finite"
+def _log10(value: float) -> float:
+    """The hypergradient is tiny, and the host's log has four decimals."""
+    return math.log10(value) if value > 0 else -math.inf

@@ -74,6 +74,9 @@ def run_without_gpu() -> None:
         _stand_in_for_timm()
         _stand_in_for_torchvision()
     functions: Any = importlib.import_module("mmcv.parallel._functions")
+    runner: Any = importlib.import_module("mmcv.runner").IterBasedRunner
+    resume = runner.resume
+    runner.resume = lambda self, checkpoint, *args, **kwargs: resume(self, checkpoint, map_location="cpu")  # not to a GPU
     # Its list branch adds a dimension on a CPU that it does not add on a GPU.
     functions.scatter = lambda data, devices, streams=None: data if isinstance(data, list) else data.unsqueeze(0)
 

@@ -1,0 +1,98 @@
+"""What DA-Cal costs inside DAFormer, HRDA and MIC: time of an iteration and peak memory, against the host alone.
+
+    python benchmarks/hosts.py --daformer PATH --hrda PATH --mic PATH --python HOST_ENVIRONMENT/bin/python
+
+Runs the host's own training on a CPU with `examples/mmseg/try_on_cpu.py` (MiT-B0, crops of 128 x 128, one thread), a fresh
+process each: the host alone, with soft labels but no meta-step, with one at every fourth and at every iteration. The checkouts
+have `configs/dacal/` from the examples' patches. Ratios are to the host alone, in the same session.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Dict, List
+
+ROOT = Path(__file__).parent.parent
+VARIANTS = {
+    "host alone": ["uda.type=DACS"],
+    "soft labels, no meta-step": ["uda.dacal.every=0"],
+    "a meta-step at every 4th iteration": ["uda.dacal.every=4"],
+    "a meta-step at every iteration": ["uda.dacal.every=1"],
+}
+WARMUP = 4  # iterations before the first that is timed
+
+
+def measured(checkout: Path, python: str, changes: List[str], iters: int, data: Path) -> Dict[str, Any]:
+    """Mean seconds of an iteration, the process's peak memory, and whether every loss was finite."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "data").symlink_to(data, target_is_directory=True)
+        command = [python, str(ROOT / "examples/mmseg/try_on_cpu.py"), "configs/dacal/gta2cs.py"]
+        command += ["--iters", str(iters), "--work-dir", folder, "--set", *changes]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        with open(Path(folder) / "output", "w") as output:
+            process = subprocess.Popen(command, cwd=checkout, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"{checkout}: {' '.join(command)} failed:\n{(Path(folder) / 'output').read_text()[-2000:]}")
+        lines = [json.loads(line) for line in next(Path(folder).glob("*.log.json")).read_text().splitlines()]
+    rows = [line for line in lines if line.get("mode") == "train"]
+    losses = [value for row in rows for name, value in row.items() if "loss_seg" in name]
+    # In the log's unit, seconds; without what the data loader takes. A mean, since every fourth iteration differs.
+    times = [row["time"] - row["data_time"] for row in rows if row["iter"] > WARMUP]
+    return {
+        "seconds": statistics.mean(times),
+        "peak_bytes": usage.ru_maxrss * 1024,
+        "iterations": len(rows),
+        "finite": all(abs(loss) < float("inf") for loss in losses),
+        "last": {name: value for name, value in rows[-1].items() if name.startswith("dacal.")},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    for host in ("daformer", "hrda", "mic"):
+        parser.add_argument(f"--{host}", type=Path)
+    parser.add_argument("--python", default=sys.executable, help="of the hosts' environment")
+    parser.add_argument("--iters", type=int, default=WARMUP + 20)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    say = "import sys, torch; print(sys.version.split()[0], torch.__version__)"
+    versions = subprocess.run(
+        [options.python, "-c", say], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, text=True
+    )
+    python, torch = versions.stdout.split()
+    rows: List[Dict[str, Any]] = []
+    data = Path(tempfile.mkdtemp())
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([options.python, str(ROOT / "examples/mmseg/tiny_data.py"), str(data)], env=environment, check=True)
+    print(f"Python {python}, torch {torch}, {options.iters - WARMUP} iterations")
+    for host in ("daformer", "hrda", "mic"):
+        checkout = getattr(options, host)
+        if checkout is None:
+            continue
+        checkout = checkout / "seg" if (checkout / "seg").is_dir() else checkout
+        alone: Dict[str, Any] = {}
+        for name, changes in VARIANTS.items():
+            begun = time.time()
+            row = measured(checkout.resolve(), options.python, changes, options.iters, data)
+            alone = alone or row
+            ratios = {"time": row["seconds"] / alone["seconds"], "memory": row["peak_bytes"] / alone["peak_bytes"]}
+            rows.append({"host": host, "variant": name, **row, "ratio": ratios})
+            times = f"{row['seconds']:6.2f} s  x {ratios['time']:.2f}"
+            memory = f"{row['peak_bytes'] / 1e6:6.0f} MB  x {ratios['memory']:.2f}"
+            print(f"{host:<10}{name:<38}{times}   {memory}   finite {row['finite']}   ({time.time() - begun:.0f} s)")
+    shutil.rmtree(data)
+    report = {"python": python, "torch": torch, "rows": rows}
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / f"hosts_torch{torch.split('+')[0]}.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# HRDA with DA-Cal for twenty iterations on a CPU, about a minute: tiny images, your config shrunk.
+#     examples/hrda/try.sh path/to/HRDA [gta2cs | synthia2cs | cs2acdc]
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cd "${1:?path to a checkout of HRDA}"
+[ -d ./configs/dacal ] || git apply "$here/dacal.patch"
+cd .
+exec python "$here/../mmseg/try_on_cpu.py" "configs/dacal/${2:-gta2cs}.py"

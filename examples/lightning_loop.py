@@ -1,0 +1,147 @@
+"""The loop of `plain_loop.py` as a LightningModule, with DA-Cal wrapped around it.
+
+    pip install -e '.[lightning]'
+    python examples/lightning_loop.py                   # about a minute on two cores
+    python examples/lightning_loop.py --labels hard     # the same module without DA-Cal
+
+Lightning owns the loop, the backward pass, the optimizer's step, devices and checkpoints; DA-Cal needs three of its hooks: the
+optimizer is known in `on_fit_start`, the meta-step comes first in `training_step`, and its state goes with the checkpoint.
+"""
+
+import argparse
+import copy
+from typing import Any, Dict, Iterator, Optional, Tuple
+
+import lightning
+import torch
+import torch.nn.functional as F
+from plain_loop import CLASSES, network, pictures
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, soft_cross_entropy
+from dacal_addon.metrics import CalibrationStats
+from dacal_addon.mixing import class_mask, mix
+
+Batch = Tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Pictures(IterableDataset):  # type: ignore[type-arg]  # not subscriptable before torch 2
+    """Source images and labels, target images and (for the validation alone) labels, without end."""
+
+    def __init__(self, batch: int, seed: int) -> None:
+        super().__init__()
+        self.batch, self.seed = batch, seed
+
+    def __iter__(self) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(self.seed)
+        while True:
+            yield (*pictures(self.batch, "source", generator), *pictures(self.batch, "target", generator))
+
+
+class SelfTraining(lightning.LightningModule):
+    """A student, its EMA teacher, and labels for the target: "dacal" or "hard"."""
+
+    def __init__(self, labels: str, warmup: int) -> None:
+        super().__init__()
+        self.student = network()
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.labels, self.warmup = labels, warmup
+        self.labeler = SoftPseudoLabeler(MetaTemperatureNet(CLASSES), threshold=0.8)
+        self.calibrate: Optional[BilevelCalibrationStep] = None
+        self.resumed: Optional[Dict[str, Any]] = None
+        self.stats = CalibrationStats(CLASSES, input="logits")
+        self.masks = torch.Generator().manual_seed(0)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.student.parameters(), lr=1e-3)
+
+    # DA-Cal: what to set up once. No submodule: Lightning's optimizers, DDP and summaries shall not see the temperature net.
+    def on_fit_start(self) -> None:
+        net: Any = self.labeler.temperature_net
+        net.to(self.device)
+        optimizer: Any = self.optimizers()
+        self.calibrate = BilevelCalibrationStep(
+            self.student,
+            self.labeler,
+            optimizer=optimizer.optimizer,
+            meta_optimizer=torch.optim.Adam(net.parameters(), lr=3e-4),
+            engine="auto",
+            warmup=self.warmup,
+        )
+        if self.resumed is not None:
+            self.calibrate.load_state_dict(self.resumed)
+
+    def on_save_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
+        if self.calibrate is not None:
+            checkpoint["dacal"] = self.calibrate.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
+        self.resumed = checkpoint.get("dacal")
+
+    # DA-Cal: end
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        source_image, source_label, target_image, _ = batch
+        with torch.no_grad():
+            teacher_logits = self.teacher(target_image)
+        mask = class_mask(source_label, generator=self.masks)
+
+        # DA-Cal: what to call at every iteration
+        if self.labels == "dacal" and self.calibrate is not None:
+            result = self.calibrate(source_image, source_label, target_image, teacher_logits, mask=mask)
+            if result.skipped is None:
+                self.log("temperature", result.temperature_mean, prog_bar=True)
+        # DA-Cal: end
+
+        with torch.no_grad():
+            labels = self.labeler(teacher_logits)
+        logits = self.student(mix(mask, source_image, target_image))
+        weight = mix(mask, torch.ones_like(labels.weight), labels.weight)
+        if self.labels == "dacal":
+            mixed_loss = soft_cross_entropy(logits, mix(mask, source_label, labels.soft_label), weight)
+        else:
+            hard_label = mix(mask, source_label, labels.pseudo_label)
+            mixed_loss = (F.cross_entropy(logits, hard_label, reduction="none") * weight).mean()
+        return F.cross_entropy(self.student(source_image), source_label) + mixed_loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
+        momentum = min(1 - 1 / (self.global_step + 1), 0.99)
+        with torch.no_grad():
+            for mine, other in zip(self.teacher.parameters(), self.student.parameters()):
+                mine.mul_(momentum).add_(other, alpha=1 - momentum)
+            for copied, original in zip(self.teacher.buffers(), self.student.buffers()):
+                copied.copy_(original)
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        self.stats.update(self.student(batch[2]), batch[3])
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict({"target mIoU": self.stats.miou(), "target ECE": self.stats.ece()})
+        self.stats.reset()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--labels", choices=("dacal", "hard"), default="dacal", help="how target images are labelled")
+    parser.add_argument("--iters", type=int, default=400, help="iterations, of which the first quarter is the warm-up")
+    parser.add_argument("--batch", type=int, default=8, help="images of each domain")
+    parser.add_argument("--checkpoint", help="where to save the end of the run")
+    parser.add_argument("--resume", help="a checkpoint to continue")
+    options = parser.parse_args()
+    lightning.seed_everything(0)
+    trainer = lightning.Trainer(
+        max_steps=options.iters, accelerator="auto", devices=1, logger=False, enable_checkpointing=False, limit_val_batches=10
+    )
+    module = SelfTraining(options.labels, options.iters // 4)
+    train, validation = (DataLoader(Pictures(options.batch, seed), batch_size=None) for seed in (0, 10_000))
+    trainer.fit(module, train, ckpt_path=options.resume)
+    if options.checkpoint:
+        trainer.save_checkpoint(options.checkpoint)
+    (found,) = trainer.validate(module, validation, verbose=False)
+    print(f"target mIoU {100 * found['target mIoU']:.1f} %")
+    print(f"target ECE  {100 * found['target ECE']:.2f} %")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""`DACalDACS` in the real DAFormer, HRDA and MIC: their own training entry point, on tiny images.
+
+    make upstream DAFORMER=path HRDA=path MIC=path
+
+Skipped without checkouts (DACAL_DAFORMER, DACAL_HRDA, DACAL_MIC) and their environment's python (DACAL_HOST_PYTHON). Nothing is
+written into a checkout: the tests work on a copy of its tracked files.
+"""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+HOSTS = {"daformer": "DACAL_DAFORMER", "hrda": "DACAL_HRDA", "mic": "DACAL_MIC"}
+PYTHON = os.environ.get("DACAL_HOST_PYTHON", "")
+
+
+@pytest.fixture(scope="module", params=HOSTS)
+def host(request, tmp_path_factory):
+    """The folder to run a host in: a clean copy of its checkout, with the example's patch."""
+    checkout = os.environ.get(HOSTS[request.param])
+    if not checkout or not PYTHON:
+        pytest.skip(f"no checkout: set {HOSTS[request.param]} and DACAL_HOST_PYTHON, or use make upstream")
+    copy = tmp_path_factory.mktemp(request.param)
+    top = subprocess.run(["git", "rev-parse", "--show-toplevel"], cwd=checkout, stdout=subprocess.PIPE, check=True, text=True)
+    archive = ["git", "archive", "--output", str(copy / "host.tar"), "HEAD", "--", ":!*.gif", ":!*.png"]
+    subprocess.run(archive, cwd=top.stdout.strip(), check=True)
+    subprocess.run(["tar", "-xf", "host.tar"], cwd=copy, check=True)
+    subprocess.run(["git", "init", "-q"], cwd=copy, check=True)
+    subprocess.run(["git", "apply", str(ROOT / "examples" / request.param / "dacal.patch")], cwd=copy, check=True)
+    return copy / "seg" if (copy / "seg").is_dir() else copy
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The tiny data sets, once for all runs."""
+    folder = tmp_path_factory.mktemp("tiny") / "data"
+    subprocess.run([PYTHON, str(ROOT / "examples/mmseg/tiny_data.py"), str(folder)], env=environment(), check=True)
+    return folder
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def start(host, data, work, *changes, config="gta2cs", iters=4, resume=None):
+    """The host's training as a process."""
+    work.mkdir(exist_ok=True)
+    if not (work / "data").exists():
+        (work / "data").symlink_to(data, target_is_directory=True)
+    command = [PYTHON, str(ROOT / "examples/mmseg/try_on_cpu.py"), f"configs/dacal/{config}.py", "--iters", str(iters)]
+    command += ["--work-dir", str(work), *(["--resume-from", str(resume)] if resume else []), "--set", *changes]
+    with open(work / "output.txt", "a") as output:  # the process has a copy of the descriptor
+        return subprocess.Popen(command, cwd=host, env=environment(), stdout=output, stderr=subprocess.STDOUT)
+
+
+def run(host, data, work, *changes, **options):
+    """The host's training; returns its log's training rows and the last checkpoint's state."""
+    process = start(host, data, work, *changes, **options)
+    assert process.wait() == 0, (work / "output.txt").read_text()[-3000:]
+    lines = [json.loads(line) for path in sorted(work.glob("*.log.json")) for line in path.read_text().splitlines()]
+    return [line for line in lines if line.get("mode") == "train"], checkpoint(work / "latest.pth")
+
+
+def checkpoint(path):
+    return torch.load(path, map_location="cpu", weights_only=False)["state_dict"]
+
+
+def of_the_host(state):
+    return {name: value for name, value in state.items() if not name.startswith("dacal.")}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def losses(rows):
+    return [{name: value for name, value in row.items() if "loss_" in name or "acc_" in name} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def upstream(host, data, tmp_path_factory):
+    """The host alone."""
+    return run(host, data, tmp_path_factory.mktemp("alone"), "uda.type=DACS")
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_with_hard_labels_every_number_is_upstreams(host, data, upstream, tmp_path, every):
+    rows, state = run(host, data, tmp_path, "uda.dacal.labels=hard", f"uda.dacal.every={every}")
+    assert repr(losses(rows)) == repr(
+        [{k: v for k, v in row.items() if not k.startswith("dacal")} for row in losses(upstream[0])]
+    )
+    assert same(of_the_host(state), upstream[1])
+    assert bool(every) == any(name.startswith("dacal.") for name in state)
+
+
+@pytest.mark.parametrize("config", ["gta2cs", "synthia2cs", "cs2acdc"])
+def test_it_trains(host, data, upstream, tmp_path, config):
+    rows, state = run(host, data, tmp_path, config=config, iters=5)
+    assert len(rows) == 5
+    for row in rows:
+        values = {name: value for name, value in row.items() if "loss_seg" in name or name.startswith("dacal.")}
+        assert values
+        assert all(math.isfinite(value) for value in values.values())
+        assert row["dacal.temperature_min"] <= row["dacal.temperature_mean"] <= row["dacal.temperature_max"]
+    assert [row["dacal.skipped_warmup"] for row in rows] == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert [("dacal.outer_loss" in row) for row in rows] == [False, False, True, True, True]
+    assert state["dacal.temperature_net.last.weight"].abs().max() > 0
+    assert int(state["dacal.iteration"]) == 5
+    assert list(tmp_path.glob("*debug/000001_temperature.png"))
+    if config == "gta2cs":
+        assert rows[0]["mix.decode.loss_seg"] != upstream[0][0]["mix.decode.loss_seg"]  # the labels are soft
+        assert rows[0]["decode.loss_seg"] == upstream[0][0]["decode.loss_seg"]
+
+
+def test_the_engines_agree(host, data, tmp_path):
+    found = {}
+    for engine in ("higher", "finite_difference"):
+        rows, _ = run(host, data, tmp_path / engine, f"uda.dacal.engine={engine}", iters=3)
+        found[engine] = rows[-1]["dacal.outer_loss"], rows[-1]["dacal.hypergradient_log10"]
+    assert found["higher"] == pytest.approx(found["finite_difference"], rel=1e-3)
+
+
+def test_a_killed_run_is_resumed_where_it_was(host, data, tmp_path):
+    changes = ("checkpoint_config.interval=3", "uda.dacal.meta_lr=0.01", "uda.dacal.restore_teacher=True")
+    process = start(host, data, tmp_path, *changes, iters=2000)
+    saved = tmp_path / "iter_3.pth"
+    deadline = time.time() + 300
+    while not saved.exists() or not list(tmp_path.glob("iter_[6-9].pth")):  # then the third is whole
+        assert process.poll() is None, (tmp_path / "output.txt").read_text()[-3000:]
+        assert time.time() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    state = checkpoint(saved)
+    assert int(state["dacal.iteration"]) == int(state["dacal.local_iter"]) == 3
+    # Resumed for no more iterations than it has, and for one more.
+    again, more = tmp_path / "again", tmp_path / "more"
+    rows, after = run(host, data, more, *changes[1:], iters=4, resume=saved)
+    assert [row["iter"] for row in rows] == [4]
+    assert int(after["dacal.iteration"]) == int(after["dacal.local_iter"]) == 4
+    assert int(after["dacal.meta_optimizer.0.step"]) == 2
+    moved = after["dacal.temperature_net.last.bias"] - state["dacal.temperature_net.last.bias"]
+    assert 0 < moved.abs().max() <= 0.011  # one step of Adam from where it was
+    teacher = next(name for name in state if name.startswith("ema_model.") and state[name].dim() > 1)
+    decay = 1 - 1 / 4
+    student = state[teacher.replace("ema_model.", "model.", 1)]
+    expected = decay * state[teacher] + (1 - decay) * student
+    torch.testing.assert_close(after[teacher], expected)
+    _, upstreams = run(host, data, again, "uda.dacal.meta_lr=0.01", iters=4, resume=saved)
+    torch.testing.assert_close(upstreams[teacher], student)  # upstream's teacher begins anew, as the student
+    assert int(upstreams["dacal.iteration"]) == 4
+
+
+def test_inference_is_the_students_alone(host, data, tmp_path):
+    work = tmp_path / "run"
+    run(host, data, work, iters=3)
+    # The second time without what DA-Cal has left in the checkpoint and in the config.
+    config, found = re.subn(r"custom_imports = dict\(.*?\)\n", "", (work / "tiny.py").read_text(), flags=re.DOTALL)
+    assert found == 1
+    (work / "plain.py").write_text(config)
+    torch.save({"state_dict": of_the_host(checkpoint(work / "latest.pth"))}, work / "plain.pth")
+    outputs = []
+    for config, weights in (("tiny.py", "latest.pth"), ("plain.py", "plain.pth")):
+        outputs.append(tmp_path / weights)
+        command = [PYTHON, str(ROOT / "examples/mmseg/save_predictions.py"), str(work / config), str(work / weights)]
+        command += ["--out", str(outputs[-1]), "--probabilities"]
+        subprocess.run(command, cwd=host, env=environment(), check=True)
+    names = sorted(path.relative_to(outputs[0]) for path in outputs[0].rglob("*.npy"))
+    assert len(names) == 2
+    for name in names:
+        assert (outputs[0] / name).read_bytes() == (outputs[1] / name).read_bytes()
+    # And `dacal evaluate` takes them as they are.
+    labels, report = str(data / "cityscapes/gtFine/val"), tmp_path / "report"
+    command = [sys.executable, "-m", "dacal_addon", "evaluate", str(outputs[0]), labels, "--out", str(report)]
+    subprocess.run([*command, "--num-classes", "19", "--input", "probs"], check=True)
+    assert (report / "report.json").stat().st_size > 1000
