@@ -44,8 +44,8 @@ def measured(checkout: Path, python: str, changes: List[str], iters: int, data: 
         lines = [json.loads(line) for line in next(Path(folder).glob("*.log.json")).read_text().splitlines()]
     rows = [line for line in lines if line.get("mode") == "train"]
     losses = [value for row in rows for name, value in row.items() if "loss_seg" in name]
-    # In the log's unit, seconds; without what the data loader takes. A mean, since every fourth iteration differs.
-    times = [row["time"] - row["data_time"] for row in rows if row["iter"] > WARMUP]
+    # Without what the data loader takes. A mean, since every fourth iteration may differ. The last row is the evaluation's.
+    times = [row["time"] - row["data_time"] for row in rows[WARMUP:-1]]
     return {
         "seconds": statistics.mean(times),
         "peak_bytes": usage.ru_maxrss * 1024,
@@ -72,7 +72,7 @@ def main() -> None:
     data = Path(tempfile.mkdtemp())
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([options.python, str(ROOT / "examples/mmseg/tiny_data.py"), str(data)], env=environment, check=True)
-    print(f"Python {python}, torch {torch}, {options.iters - WARMUP} iterations")
+    print(f"Python {python}, torch {torch}, {options.iters} iterations")
     for host in ("daformer", "hrda", "mic"):
         checkout = getattr(options, host)
         if checkout is None:

@@ -310,7 +310,7 @@ class Iteration:
             with teaching.judged(calibration.outer_loss):
                 return _total(f(outer.image, img_metas, gt_semantic_seg=outer_label, seg_weight=outer.weight))
 
-        with _undisturbed(student):
+        with _without_pictures(student):
             result = hypergradient(
                 student,
                 inner_loss,
@@ -388,20 +388,13 @@ def _noted(heard: List[Any], *, detach: bool = True) -> Callable[[Callable[..., 
 
 
 @contextmanager
-def _undisturbed(student: nn.Module) -> Iterator[None]:
-    """Inside, the student makes no debug images; what HRDA notes down in its class, for the feature distance, is put back."""
-    boxes: Optional[Dict[int, Any]] = getattr(type(student), "last_train_crop_box", None)
-    before = dict(boxes) if boxes is not None else {}
+def _without_pictures(student: nn.Module) -> Iterator[None]:
+    """Inside, the student makes no debug images, which a pass of the meta-step has no use for."""
     with ExitStack() as stack:
         for module in student.modules():
             if vars(module).get("debug"):
                 stack.enter_context(shadowed(module, "debug", lambda debug: False))
-        try:
-            yield
-        finally:
-            if boxes is not None:
-                boxes.clear()
-                boxes.update(before)
+        yield
 
 
 def _total(losses: Dict[str, Any]) -> Tensor:

@@ -5,6 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+pictures = []
+"""Every debug image that a head has made."""
+
 
 def cross_entropy(pred, label, weight=None, class_weight=None, reduction="mean", avg_factor=None, ignore_index=-100):
     loss = F.cross_entropy(pred, label, weight=class_weight, reduction="none", ignore_index=ignore_index)
@@ -46,6 +49,7 @@ class DecodeHead(nn.Module):
         accuracy = (logits.argmax(1) == label.squeeze(1)).float().mean() * 100
         if self.debug:
             self.debug_output = {"Pred": logits.detach().numpy()}
+            pictures.append("Pred")
         return {"loss_seg": loss, "acc_seg": accuracy}
 
 
@@ -78,13 +82,12 @@ class EncoderDecoder(nn.Module):
 class HRDAEncoderDecoder(EncoderDecoder):
     """Also learns a detail crop, which numpy's global random state chooses and the head forgets after its losses."""
 
-    last_train_crop_box = {}  # noqa: RUF012  # as in HRDA
     share = 0.1
 
     def forward_train(self, img, img_metas, gt_semantic_seg, seg_weight=None, return_feat=False):
         size = img.shape[-1] // 2
         y, x = (int(np.random.randint(0, img.shape[-1] - size + 1)) for _ in range(2))
-        self.last_train_crop_box[1] = self.decode_head.hr_crop_box = (y, y + size, x, x + size)
+        self.decode_head.hr_crop_box = (y, y + size, x, x + size)
         losses = super().forward_train(img, img_metas, gt_semantic_seg, seg_weight, return_feat)
         losses["decode.loss_seg"] = losses["decode.loss_seg"] * (1 - self.share)
         window = (Ellipsis, slice(y, y + size), slice(x, x + size))
