@@ -1,7 +1,7 @@
 """The loop of `plain_loop.py` as a LightningModule, with DA-Cal wrapped around it.
 
     pip install -e '.[lightning]'
-    python examples/lightning_loop.py                   # about a minute on two cores
+    python examples/lightning_loop.py                   # twenty seconds on two cores
     python examples/lightning_loop.py --labels hard     # the same module without DA-Cal
 
 Lightning owns the loop, the backward pass, the optimizer's step, devices and checkpoints; DA-Cal needs three of its hooks: the
