@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
         "print a table, and write it as JSON with reliability diagrams, temperature maps and predictions.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--dataset", choices=("streets", "digits"), default="streets", help="the benchmark")
+    demo.add_argument("--dataset", choices=("streets", "digits", "mitochondria"), default="streets", help="the benchmark")
     demo.add_argument("--seed", type=_at_least(0), default=0, help="of the data, the networks and the training")
     demo.add_argument("--iters", type=_at_least(1), help="iterations of each self-training run; default: the benchmark's own")
     demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the table and the pictures")

@@ -10,7 +10,7 @@ from dacal_addon import cli
 from dacal_addon.demo import datasets, plots, run, self_training
 from dacal_addon.demo.network import SmallUNet
 
-SIZES = {"streets": (64, 128), "digits": (48, 64)}
+SIZES = {"streets": (64, 128), "digits": (48, 64), "mitochondria": (64, 64)}
 
 
 @pytest.fixture(scope="module", params=datasets.NAMES)
@@ -76,14 +76,13 @@ def test_no_digit_is_in_both_splits():
 
 
 def test_an_unknown_benchmark_is_named():
-    with pytest.raises(ValueError, match="name to be one of 'streets', 'digits', got 'cityscapes'"):
+    with pytest.raises(ValueError, match="name to be one of 'streets', 'digits', 'mitochondria', got 'cityscapes'"):
         datasets.load_dataset("cityscapes", seed=0)
 
 
 def tiny(**changes):
-    return self_training.Recipe(
-        source_iterations=2, iterations=3, batch=2, meta_warmup=1, meta_every=1, threshold=0.1
-    )._replace(**changes)
+    recipe = self_training.Recipe(source_iterations=2, iterations=3, batch=2, crop=32, meta_warmup=1, threshold=0.1)
+    return recipe._replace(**changes)
 
 
 def test_all_methods_see_the_same_images_and_masks(dataset, monkeypatch):
@@ -100,8 +99,8 @@ def test_all_methods_see_the_same_images_and_masks(dataset, monkeypatch):
     monkeypatch.setattr(self_training, "mix", spy)
     for method in ("hard", "soft", "dacal"):
         seen[method] = []
-        trained = self_training.train(method, start, dataset, tiny(), seed=0, device=cpu)
-        assert (trained.temperature_net is not None) == (method == "dacal")
+        trained = self_training.train(self_training.METHODS[method], start, dataset, tiny(), seed=0, device=cpu)
+        assert type(trained.teaching) is self_training.METHODS[method]
     assert len(seen["hard"]) == 3
     for method in ("soft", "dacal"):
         for one, two in zip(seen["hard"], seen[method]):
@@ -113,10 +112,10 @@ def test_training_is_reproducible_moves_the_temperatures_and_leaves_the_start_al
     random_state = torch.get_rng_state()
     start = self_training.train_start(dataset, tiny(), seed=0, device=cpu)
     before = {name: value.clone() for name, value in start.student.state_dict().items()}
-    runs = [self_training.train("dacal", start, dataset, tiny(), seed=0, device=cpu) for _ in range(2)]
+    runs = [self_training.train(self_training.DACal, start, dataset, tiny(), seed=0, device=cpu) for _ in range(2)]
     for a, b in zip(runs[0].student.parameters(), runs[1].student.parameters()):
         assert torch.equal(a, b)
-    assert float(runs[0].temperature_net.last.weight.detach().abs().sum()) > 0
+    assert float(runs[0].teaching.temperature_net.last.weight.detach().abs().sum()) > 0
     assert all(torch.equal(value, before[name]) for name, value in start.student.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
 
@@ -154,7 +153,7 @@ def test_the_command_prints_the_table_and_writes_table_and_pictures(small_demo, 
     for row in report["rows"]:
         assert all(0 <= row[name] <= 1 for name in ("miou", "accuracy", "confidence", "ece"))
         assert f"{100 * row['ece']:8.2f}{row['nll']:8.3f}" in printed
-        assert self_training.TITLES[row["method"]] in printed
+        assert self_training.METHODS[row["method"]].title in printed
     pictures = {path.name for path in out.glob("*.png")}
     assert pictures == {"reliability.png", "predictions.png", "temperature.png"}
     assert all((out / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for name in pictures)
@@ -163,10 +162,10 @@ def test_the_command_prints_the_table_and_writes_table_and_pictures(small_demo, 
 def test_ctrl_c_leaves_what_is_finished(small_demo, tmp_path, capsys, monkeypatch):
     train = self_training.train
 
-    def interrupted(method, *arguments, **options):
-        if method == "soft":
+    def interrupted(teaching, *arguments, **options):
+        if teaching is self_training.SoftLabels:
             raise KeyboardInterrupt
-        return train(method, *arguments, **options)
+        return train(teaching, *arguments, **options)
 
     monkeypatch.setattr(run, "train", interrupted)
     assert cli.main(["demo", "--iters", "2", "--out", str(tmp_path)]) == 130

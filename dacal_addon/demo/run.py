@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import __version__, metrics, plots
 from .datasets import Dataset, load_dataset
 from .plots import pick_images, predictions_figure
-from .self_training import METHODS, RECIPES, TITLES, Recipe, Scores, Trained, predict, score, train, train_start
+from .self_training import METHODS, RECIPES, DACal, Recipe, Scores, Trained, predict, score, train, train_start
 
 
 class _Finished(NamedTuple):
@@ -43,7 +43,7 @@ def run(dataset_name: str, *, seed: int, iterations: int, out: Path, device: tor
         dataset = load_dataset(dataset_name, seed=seed)
         start = train_start(dataset, recipe, seed=seed, device=device)
         for method in METHODS:
-            trained = train(method, start, dataset, recipe, seed=seed, device=device)
+            trained = train(METHODS[method], start, dataset, recipe, seed=seed, device=device)
             logits = predict(trained.student, dataset.target_test.image, device=device)
             at_home = predict(trained.student, dataset.source_test.image, device=device)
             finished[method] = _Finished(
@@ -53,7 +53,7 @@ def run(dataset_name: str, *, seed: int, iterations: int, out: Path, device: tor
             _write_table(out, dataset, finished, recipe, seed=seed, seconds=seconds, device=device)
     except KeyboardInterrupt:
         interrupted = True
-        left = ", ".join(TITLES[method] for method in METHODS if method not in finished)
+        left = ", ".join(METHODS[method].title for method in METHODS if method not in finished)
         print(f"\ndacal demo: interrupted. Not finished: {left}.", file=sys.stderr)
     if dataset is None or not finished:
         print(f"dacal demo: nothing was finished; nothing was written to {out}.", file=sys.stderr)
@@ -63,7 +63,7 @@ def run(dataset_name: str, *, seed: int, iterations: int, out: Path, device: tor
     reference = finished["source-only"]
     here, lost = reference.source_scores.miou, reference.source_scores.miou - reference.scores.miou
     print(f"\nOn source test images source-only has {100 * here:.1f} mIoU: it loses {100 * lost:.1f} points on the target.")
-    written = ["results.json", *_write_pictures(out, dataset, finished, recipe, device=device)]
+    written = ["results.json", *_write_pictures(out, dataset, finished, device=device)]
     print(f"Written to {out}: {', '.join(written)}")
     return 130 if interrupted else 0
 
@@ -81,7 +81,7 @@ def table(rows: Dict[str, Scores]) -> str:
         figures = (
             f"{100 * row.miou:8.1f}{100 * row.accuracy:12.1f}{100 * row.confidence:14.1f}{100 * row.ece:8.2f}{row.nll:8.3f}"
         )
-        lines.append(f"{TITLES[method]:<27}{figures}")
+        lines.append(f"{METHODS[method].title:<27}{figures}")
     return "\n".join(lines)
 
 
@@ -99,9 +99,7 @@ def _write_table(
     report: Dict[str, Any] = {
         "dataset": dataset.name,
         "seed": seed,
-        "recipe": {
-            key: value if isinstance(value, (int, float, str)) else str(value) for key, value in recipe._asdict().items()
-        },
+        "recipe": recipe._asdict(),
         "rows": [
             {
                 "method": method,
@@ -118,33 +116,31 @@ def _write_table(
     (out / "results.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
-def _write_pictures(
-    out: Path, dataset: Dataset, finished: Dict[str, _Finished], recipe: Recipe, *, device: torch.device
-) -> List[str]:
+def _write_pictures(out: Path, dataset: Dataset, finished: Dict[str, _Finished], *, device: torch.device) -> List[str]:
     """The pictures of what is finished; returns the names of their files."""
     image, label = dataset.target_test
-    tables = {TITLES[method]: metrics.reliability(one.logits, label, input="logits") for method, one in finished.items()}
+    tables = {METHODS[method].title: metrics.reliability(one.logits, label, input="logits") for method, one in finished.items()}
     chosen = list(pick_images(label, 4))
-    predictions = {TITLES[method]: one.logits[chosen].argmax(1) for method, one in finished.items()}
+    predictions = {METHODS[method].title: one.logits[chosen].argmax(1) for method, one in finished.items()}
     figures = {
         "reliability.png": plots.reliability_diagram(tables),
         "predictions.png": predictions_figure(dataset, image[chosen], label[chosen], predictions),
     }
     if "dacal" in finished:
         logits = finished["dacal"].logits[chosen]
-        temperature = _temperature(finished["dacal"].trained, image[chosen], recipe, device)
+        temperature = _temperature(finished["dacal"].trained, image[chosen], device)
         figures["temperature.png"] = plots.temperature_map(image[chosen], temperature, wrong=logits.argmax(1) != label[chosen])
     for name, figure in figures.items():
         plots.save(figure, out / name)
     return list(figures)
 
 
-def _temperature(trained: Trained, image: Tensor, recipe: Recipe, device: torch.device) -> Tensor:
+def _temperature(trained: Trained, image: Tensor, device: torch.device) -> Tensor:
     """The temperatures that the finished student's own logits would get, were it the teacher: (N, 1, H, W) on the CPU."""
-    net, student = trained.temperature_net, trained.student.eval()
-    assert net is not None  # for mypy: the method is "dacal"
+    assert isinstance(trained.teaching, DACal)  # for mypy
+    net, student = trained.teaching.temperature_net, trained.student.eval()
     with torch.no_grad():
         features = student.features(image.to(device))
-        temperature: Tensor = net(student.logits(features), features if recipe.use_features else None).cpu()
+        temperature: Tensor = net(student.logits(features), features).cpu()
     student.train()
     return temperature

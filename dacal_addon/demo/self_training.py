@@ -3,13 +3,13 @@
 DACS (Tranheden et al., WACV 2021) with DAFormer's pixel weights, at the size of a two-core machine. All methods start from one
 network trained on the source alone, and see the same images, augmentations and masks: each purpose has a random stream of
 its own, so that results can be compared in pairs. (In a prototype a changed stream alone moved mIoU by 7 points.)
-The teacher keeps its dropout, which DAFormer switches off.
+`benchmarks/uda.py` trains its other methods in the same loop, as further `Teaching`s.
 """
 
 import copy
 import time
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterator, NamedTuple, Type
 
 import torch
 import torch.nn.functional as F
@@ -22,37 +22,140 @@ from ..progress import Progress
 from .datasets import Dataset, Split
 from .network import SmallUNet
 
-METHODS = ("source-only", "hard", "soft", "dacal")
-TITLES = {
-    "source-only": "source only",
-    "hard": "hard pseudo-labels",
-    "soft": "soft pseudo-labels, T = 1",
-    "dacal": "DA-Cal",
-}
-
 
 class Recipe(NamedTuple):
-    """The budget and the settings that all methods share, then those of DA-Cal."""
+    """The budget and the settings that all methods share."""
 
     source_iterations: int = 300
     iterations: int = 600
     batch: int = 4
+    crop: int = 64
+    """Width of the crops to train on, of the images' full height."""
     learning_rate: float = 2e-3
+    """At the start; while self-training it falls to 0 linearly, as DAFormer's does."""
     weight_decay: float = 1e-2
     teacher_momentum: float = 0.99
     threshold: float = 0.9
-    meta_learning_rate: float = 3e-4
     meta_warmup: int = 50
-    meta_every: int = 2
-    outer_set: str = "source_and_target_pixels"
-    outer_loss: Any = "cross_entropy"
-    use_features: bool = True
 
 
 RECIPES = {
     "streets": Recipe(),
     # Handwriting takes a network longer to learn: at 300 iterations it still sees background everywhere.
-    "digits": Recipe(source_iterations=1500, batch=8, learning_rate=1e-3),
+    "digits": Recipe(source_iterations=2500),
+    "mitochondria": Recipe(),
+}
+
+
+class Batch(NamedTuple):
+    """What one iteration knows, for N images of each domain."""
+
+    source_label: Tensor
+    """(N, H, W) int64."""
+    source_image: Tensor
+    """(N, 3, H, W) in 0..1, as all images."""
+    target_image: Tensor
+    source_strong: Tensor
+    """The images after `augment`: what the student sees."""
+    target_strong: Tensor
+    mask: Tensor
+    """(N, 1, H, W) bool, True = source pixel of the mixed image."""
+    target_label: Tensor
+    """(N, H, W) int64. For diagnostics and upper bounds alone; no method may train on it."""
+    generator: torch.Generator
+    """For what a method draws besides."""
+
+
+class Teaching:
+    """What the student learns in one iteration. This one: the source alone."""
+
+    title = "source only"
+
+    def __init__(self, student: SmallUNet, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
+        self.student, self.optimizer, self.recipe = student, optimizer, recipe
+
+    def source_loss(self, batch: Batch) -> Tensor:
+        return F.cross_entropy(self.student(batch.source_strong), batch.source_label)
+
+    def teach(self, teacher: SmallUNet, batch: Batch) -> str:
+        """Add the gradient of everything else to the student's; returns a note for the progress bar."""
+        return ""
+
+
+class HardLabels(Teaching):
+    """The teacher's argmax on the target's pixels of the mixed image."""
+
+    title = "hard pseudo-labels"
+
+    def teach(self, teacher: SmallUNet, batch: Batch) -> str:
+        with torch.no_grad():
+            labels = SoftPseudoLabeler(None, threshold=self.recipe.threshold)(teacher(batch.target_image))
+        label = mix(batch.mask, batch.source_label, labels.pseudo_label)
+        weight = mix(batch.mask, torch.ones_like(labels.weight), labels.weight)
+        logits = self.student(mix(batch.mask, batch.source_strong, batch.target_strong))
+        self.mixed_loss(logits, label, weight).backward()
+        return ""
+
+    def mixed_loss(self, logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+        return (F.cross_entropy(logits, label, reduction="none") * weight).mean()
+
+
+class SoftLabels(Teaching):
+    """The teacher's softmax, T = 1."""
+
+    title = "soft pseudo-labels, T = 1"
+
+    def teach(self, teacher: SmallUNet, batch: Batch) -> str:
+        with torch.no_grad():
+            labels = SoftPseudoLabeler(None, threshold=self.recipe.threshold)(teacher(batch.target_image))
+        label = mix(batch.mask, batch.source_label, labels.soft_label)
+        weight = mix(batch.mask, torch.ones_like(labels.weight), labels.weight)
+        soft_cross_entropy(self.student(mix(batch.mask, batch.source_strong, batch.target_strong)), label, weight).backward()
+        return ""
+
+
+class DACal(Teaching):
+    """Soft labels with learned temperatures."""
+
+    title = "DA-Cal"
+
+    def __init__(self, student: SmallUNet, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
+        super().__init__(student, optimizer, recipe)
+        net = MetaTemperatureNet(student.head.out_channels, feature_channels=student.feature_channels)
+        self.temperature_net = net.to(next(student.parameters()).device)
+        self.calibrate = BilevelCalibrationStep(
+            student,
+            SoftPseudoLabeler(self.temperature_net, threshold=recipe.threshold),
+            optimizer=optimizer,
+            meta_optimizer=torch.optim.Adam(self.temperature_net.parameters(), lr=3e-4),
+            engine="auto",
+            warmup=recipe.meta_warmup,
+            every=2,
+            measure_before=False,
+        )
+
+    def teach(self, teacher: SmallUNet, batch: Batch) -> str:
+        with torch.no_grad():
+            features = teacher.features(batch.target_image)
+            logits = teacher.logits(features)
+        result = self.calibrate(
+            batch.source_strong,
+            batch.source_label,
+            batch.target_strong,
+            logits,
+            mask=batch.mask,
+            teacher_features=features,
+            backward=True,
+            generator=batch.generator,
+        )
+        return f"T {result.temperature_min:.2f}..{result.temperature_max:.2f}" if not result.skipped else ""
+
+
+METHODS: Dict[str, Type[Teaching]] = {
+    "source-only": Teaching,
+    "hard": HardLabels,
+    "soft": SoftLabels,
+    "dacal": DACal,
 }
 
 
@@ -60,7 +163,8 @@ class Trained(NamedTuple):
     """One method's outcome."""
 
     student: SmallUNet
-    temperature_net: Optional[MetaTemperatureNet]
+    teacher: SmallUNet
+    teaching: Teaching
     seconds: float
 
 
@@ -74,15 +178,7 @@ class Scores(NamedTuple):
     nll: float
 
 
-class _Batch(NamedTuple):
-    source_label: Tensor
-    target_image: Tensor
-    source_strong: Tensor
-    target_strong: Tensor
-    generator: torch.Generator
-
-
-def _augment(image: Tensor, generator: torch.Generator) -> Tensor:
+def augment(image: Tensor, generator: torch.Generator) -> Tensor:
     """Colour jitter and blur, each image by its own draw: DACS's strong augmentation."""
     n = image.shape[0]
     u = torch.rand(n, 8, generator=generator)
@@ -104,28 +200,36 @@ def _augment(image: Tensor, generator: torch.Generator) -> Tensor:
     return image.clamp(0.0, 1.0)
 
 
-def _batches(dataset: Dataset, recipe: Recipe, *, seed: int, device: torch.device) -> Iterator[_Batch]:
-    """Endless batches. The three streams (which images, how augmented, what else) do not see each other's draws."""
-    order, looks, masks = (torch.Generator().manual_seed(1000 * seed + i) for i in range(3))
+def batches(dataset: Dataset, recipe: Recipe, *, seed: int, device: torch.device) -> Iterator[Batch]:
+    """Endless batches. The streams (which images, how augmented, which masks, what else) do not see each other's draws."""
+    order, looks, masks, other = (torch.Generator().manual_seed(1000 * seed + i) for i in range(4))
 
     def draw(split: Split) -> Any:
         index = torch.randint(len(split.image), (recipe.batch,), generator=order)
         image, label = split.image[index], split.label[index]
         flip = torch.rand(recipe.batch, generator=order) < 0.5
-        return (
-            torch.where(flip.view(-1, 1, 1, 1), image.flip(-1), image),
-            torch.where(flip.view(-1, 1, 1), label.flip(-1), label),
-        )
+        image = torch.where(flip.view(-1, 1, 1, 1), image.flip(-1), image)
+        label = torch.where(flip.view(-1, 1, 1), label.flip(-1), label)
+        spare = image.shape[-1] - recipe.crop
+        if spare <= 0:
+            return image, label
+        lefts = torch.randint(spare + 1, (recipe.batch,), generator=order).tolist()
+        crops = [slice(left, left + recipe.crop) for left in lefts]
+        return tuple(torch.stack([one[..., crop] for one, crop in zip(x, crops)]) for x in (image, label))
 
     while True:
         source_image, source_label = draw(dataset.source_train)
-        target_image, _ = draw(dataset.target_train)
-        yield _Batch(
-            source_label.to(device),
+        target_image, target_label = draw(dataset.target_train)
+        source_label = source_label.to(device)
+        yield Batch(
+            source_label,
+            source_image.to(device),
             target_image.to(device),
-            _augment(source_image, looks).to(device),
-            _augment(target_image, looks).to(device),
-            masks,
+            augment(source_image, looks).to(device),
+            augment(target_image, looks).to(device),
+            class_mask(source_label, generator=masks),
+            target_label.to(device),
+            other,
         )
 
 
@@ -138,84 +242,55 @@ class Start(NamedTuple):
 
     student: SmallUNet
     optimizer_state: Dict[str, Any]
-    seconds: float
 
 
 def train_start(dataset: Dataset, recipe: Recipe, *, seed: int, device: torch.device) -> Start:
     """Train on the source alone, as far as all methods do."""
     student = SmallUNet(len(dataset.class_names), seed=seed).to(device)
     optimizer = _optimizer(student, recipe)
-    begun = time.perf_counter()
-    batches = _batches(dataset, recipe, seed=2 * seed, device=device)
     with _seeded(seed), Progress("source, common start", recipe.source_iterations) as progress:
-        for _, batch in zip(range(recipe.source_iterations), batches):
+        for _, batch in zip(range(recipe.source_iterations), batches(dataset, recipe, seed=2 * seed, device=device)):
             optimizer.zero_grad()
             loss = F.cross_entropy(student(batch.source_strong), batch.source_label)
             loss.backward()
             optimizer.step()
             progress.advance(f"loss {loss.item():.3f}")
-    return Start(student, optimizer.state_dict(), time.perf_counter() - begun)
+    return Start(student, optimizer.state_dict())
 
 
-def train(method: str, start: Start, dataset: Dataset, recipe: Recipe, *, seed: int, device: torch.device) -> Trained:
-    """Go on from the common start with one of `METHODS` for `recipe.iterations`."""
+def train(
+    make_teaching: Callable[..., Teaching], start: Start, dataset: Dataset, recipe: Recipe, *, seed: int, device: torch.device
+) -> Trained:
+    """Go on from the common start for `recipe.iterations`.
+
+    Args:
+        make_teaching: one of `METHODS`, or any other `(student, optimizer, recipe) -> Teaching`.
+    """
     student = copy.deepcopy(start.student).train()
-    teacher = copy.deepcopy(start.student)
+    teacher = without_dropout(copy.deepcopy(start.student))
     optimizer = _optimizer(student, recipe)
     optimizer.load_state_dict(copy.deepcopy(start.optimizer_state))
-    net: Optional[MetaTemperatureNet] = None
-    calibrate: Optional[BilevelCalibrationStep] = None
-    if method == "dacal":
-        features = student.feature_channels if recipe.use_features else 0
-        net = MetaTemperatureNet(len(dataset.class_names), feature_channels=features).to(device)
-    labeler = SoftPseudoLabeler(net, threshold=recipe.threshold)
-    if net is not None:
-        calibrate = BilevelCalibrationStep(
-            student,
-            labeler,
-            optimizer=optimizer,
-            meta_optimizer=torch.optim.Adam(net.parameters(), lr=recipe.meta_learning_rate),
-            outer_set=recipe.outer_set,
-            outer_loss=recipe.outer_loss,
-            warmup=recipe.meta_warmup,
-            every=recipe.meta_every,
-        )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / recipe.iterations)
+    teaching = make_teaching(student, optimizer, recipe)
     begun = time.perf_counter()
-    batches = _batches(dataset, recipe, seed=2 * seed + 1, device=device)
-    with _seeded(seed), Progress(TITLES[method], recipe.iterations) as progress:
-        for _, batch in zip(range(recipe.iterations), batches):
-            mask = class_mask(batch.source_label, generator=batch.generator)
+    with _seeded(seed), Progress(teaching.title, recipe.iterations) as progress:
+        for _, batch in zip(range(recipe.iterations), batches(dataset, recipe, seed=2 * seed + 1, device=device)):
             optimizer.zero_grad()
-            loss = F.cross_entropy(student(batch.source_strong), batch.source_label)
+            loss = teaching.source_loss(batch)
             loss.backward()
-            note = f"loss {loss.item():.3f}"
-            if method != "source-only":
-                with torch.no_grad():
-                    teacher_features = teacher.features(batch.target_image)
-                    logits = teacher.logits(teacher_features)
-                shown = teacher_features if net is not None and recipe.use_features else None
-                if calibrate is not None:
-                    result = calibrate(
-                        batch.source_strong, batch.source_label, batch.target_strong, logits, mask=mask, teacher_features=shown
-                    )
-                    note += f", T {result.temperature_min:.2f}..{result.temperature_max:.2f}" if not result.skipped else ""
-                with torch.no_grad():
-                    labels = labeler(logits, features=shown)
-                target_label = labels.pseudo_label if method == "hard" else labels.soft_label
-                mixed_image = mix(mask, batch.source_strong, batch.target_strong)
-                mixed_label = mix(mask, batch.source_label, target_label)
-                weight = mix(mask, torch.ones_like(labels.weight), labels.weight)
-                mixed_logits = student(mixed_image)
-                if method == "hard":
-                    mixed_loss = (F.cross_entropy(mixed_logits, mixed_label, reduction="none") * weight).mean()
-                else:
-                    mixed_loss = soft_cross_entropy(mixed_logits, mixed_label, weight)
-                mixed_loss.backward()
+            note = teaching.teach(teacher, batch)
             optimizer.step()
-            if method != "source-only":
-                update_teacher(teacher, student, recipe.teacher_momentum)
-            progress.advance(note)
-    return Trained(student, net, time.perf_counter() - begun)
+            schedule.step()
+            update_teacher(teacher, student, recipe.teacher_momentum)
+            progress.advance(f"loss {loss.item():.3f} {note}")
+    return Trained(student, teacher, teaching, time.perf_counter() - begun)
+
+
+def without_dropout(teacher: SmallUNet) -> SmallUNet:
+    """In training mode, but for dropout: as DAFormer's teacher labels its images."""
+    teacher.train()
+    teacher.dropout.eval()
+    return teacher
 
 
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
@@ -227,13 +302,14 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
             copied.copy_(original)
 
 
-def predict(student: nn.Module, image: Tensor, *, device: torch.device) -> Tensor:
-    """Logits (N, C, H, W) of many images, on the CPU, in evaluation mode; the mode is put back."""
-    training = student.training
-    student.eval()
+def predict(network: nn.Module, image: Tensor, *, device: torch.device) -> Tensor:
+    """Logits (N, C, H, W) of many images, on the CPU, in evaluation mode; the modes are put back."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
     with torch.no_grad():
-        logits = torch.cat([student(part.to(device)).cpu() for part in image.split(25)])
-    student.train(training)
+        logits = torch.cat([network(part.to(device)).cpu() for part in image.split(25)])
+    for module, training in modes.items():
+        module.training = training
     return logits
 
 

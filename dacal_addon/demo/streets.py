@@ -315,7 +315,7 @@ def target_look(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     # How far a class drifts differs from picture to picture, as weather and materials do. In an eighth of them it drifts the
     # whole way, so that a network which goes by colour is surely wrong there; only the surroundings tell otherwise.
     classes = (len(CLASS_NAMES), 1)
-    drift = np.where(rng.random(classes) < 1 / 8, rng.uniform(0.9, 1.1, classes), rng.uniform(0.0, 0.4, classes))
+    drift = np.where(rng.random(classes) < 1 / 5, rng.uniform(0.9, 1.1, classes), rng.uniform(0.0, 0.4, classes))
     drift = drift.astype(np.float32)[scene.label]
     picture = scene.albedo + drift * (_TARGET_COLOUR[scene.label] - scene.albedo)
     grain = 0.6 * _noise(shape, (48, 96), rng) + 0.4 * _noise(shape, (14, 28), rng)
