@@ -1,7 +1,8 @@
 """Calibrated self-training for domain-adaptive semantic segmentation, after DA-Cal (arXiv 2602.20860).
 
 The data flows one way, and so do the files:
-teacher logits -> `temperature` -> `pseudo_labels` -> `mixing` -> `outer_sets`, `losses` -> `bilevel`, `engines` -> `metrics`.
+teacher logits -> `temperature` -> `pseudo_labels` -> `mixing` -> `outer_sets`, `losses` -> `temperature_fit` or `bilevel` and
+`engines` -> `metrics`.
 """
 
 from .bilevel import BilevelCalibrationStep, CalibrationStepResult
@@ -9,6 +10,7 @@ from .engines import Hypergradient, hypergradient
 from .losses import soft_cross_entropy
 from .pseudo_labels import SoftPseudoLabeler, SoftPseudoLabels
 from .temperature import MetaTemperatureNet
+from .temperature_fit import TemperatureFit
 
 __all__ = [
     "BilevelCalibrationStep",
@@ -17,6 +19,7 @@ __all__ = [
     "MetaTemperatureNet",
     "SoftPseudoLabeler",
     "SoftPseudoLabels",
+    "TemperatureFit",
     "hypergradient",
     "soft_cross_entropy",
 ]

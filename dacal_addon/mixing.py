@@ -142,6 +142,48 @@ def mix(mask: Tensor, source: Tensor, target: Tensor, *, ignore_index: int = 255
     return torch.where(mask if source.dim() == 4 else mask[:, 0], source, target)
 
 
+def mixup_pairs(
+    image: Tensor,
+    label: Tensor,
+    *,
+    generator: torch.Generator,
+    share: float = 0.65,
+    differing: bool = False,
+    ignore_index: int = 255,
+) -> Tuple[Tensor, Tensor]:
+    """Blend each image with another one of the batch, `share` to 1 - `share`; the label is the dominant image's.
+
+    Args:
+        image: (N, K, H, W) floating, N >= 2.
+        label: (N, H, W) int64, `ignore_index` where unlabelled.
+        generator: draws by how many places the batch is rotated, 1..N-1: no image meets itself.
+        share: of the dominant image, in 0..1.
+        differing: keep only pixels whose two labels differ, `ignore_index` elsewhere: PseudoCal's cross-cluster rule. A
+            pixel whose two images agree is easier than any pixel of either.
+
+    Returns:
+        The blended images and their labels, of the shapes of the inputs.
+
+    Raises:
+        ValueError: fewer than two images, a share outside 0..1.
+
+    Example:
+        >>> image, label = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1), torch.tensor([3, 5]).view(2, 1, 1)
+        >>> blended, kept = mixup_pairs(image, label, generator=torch.Generator().manual_seed(0), differing=True)
+        >>> [round(x, 2) for x in blended.flatten().tolist()], kept.flatten().tolist()
+        ([0.35, 0.65], [3, 5])
+
+    Source: mixup (Zhang et al., ICLR 2018); PseudoCal (Hu et al., ICML 2024) for hard labels and the rule.
+    """
+    n = image.shape[0]
+    if n < 2:
+        raise problem("mixup_pairs", expected="at least 2 images", got=f"{n}", remedy="use a larger batch")
+    check_number("mixup_pairs", "share", share, low=0.0, high=1.0, rule="in [0, 1]")
+    shift = int(torch.randint(1, n, (1,), generator=generator, device=generator.device))
+    blended = share * image + (1 - share) * image.roll(shift, 0)
+    return blended, label.masked_fill(label == label.roll(shift, 0), ignore_index) if differing else label
+
+
 def _pixels(tensor: Tensor) -> Sequence[int]:
     return (tensor.shape[0], *tensor.shape[-2:])
 

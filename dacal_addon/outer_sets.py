@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._check import problem
-from .mixing import complement, mix
+from .mixing import complement, mix, mixup_pairs
 
 
 class DomainBatch(NamedTuple):
@@ -69,20 +69,26 @@ def source_and_target_pixels(batch: DomainBatch, *, generator: torch.Generator) 
     )
 
 
-def target_mixup(batch: DomainBatch, *, generator: torch.Generator, share: float = 0.65) -> OuterBatch:
+def target_mixup(batch: DomainBatch, *, generator: torch.Generator, share: float = 0.65, differing: bool = False) -> OuterBatch:
     """Pairs of target images, blended `share` to 1 - `share`, judged by the hard label of the dominant one.
 
     A student's accuracy on such blends, measured by these labels, resembles its accuracy on the target, measured by true
-    ones: the cross-cluster rule of PseudoCal (Hu et al., ICML 2024). Needs at least two target images.
+    ones (PseudoCal, Hu et al., ICML 2024). `differing`: judge only where the two labels differ, as PseudoCal does. Needs at
+    least two target images.
     """
     n = batch.target_image.shape[0]
     if n < 2:
         remedy = "use a larger batch or another outer set"
         raise problem("target_mixup", expected="at least 2 target images", got=f"{n}", remedy=remedy)
-    # A rotation by 1..n-1 pairs each image with another one, never with itself.
-    shift = int(torch.randint(1, n, (1,), generator=generator, device=generator.device))
-    image = share * batch.target_image + (1 - share) * batch.target_image.roll(shift, 0)
-    return OuterBatch(image=image, label=_usable(batch), weight=batch.weight)
+    image, label = mixup_pairs(
+        batch.target_image,
+        _usable(batch),
+        generator=generator,
+        share=share,
+        differing=differing,
+        ignore_index=batch.ignore_index,
+    )
+    return OuterBatch(image=image, label=label, weight=batch.weight)
 
 
 def _usable(batch: DomainBatch) -> Tensor:

@@ -17,7 +17,7 @@ from ._check import (
     problem,
 )
 
-WEIGHTS = ("ratio", "threshold", "none")
+WEIGHTS = ("ratio", "confidence", "threshold", "none")
 
 
 class SoftPseudoLabels(NamedTuple):
@@ -28,7 +28,7 @@ class SoftPseudoLabels(NamedTuple):
     pseudo_label: Tensor
     """(N, H, W) int64, the teacher's argmax. The temperature cannot change it."""
     weight: Tensor
-    """(N, H, W) floating in 0..1, detached; 0 where the label must not be used."""
+    """(N, H, W) floating, >= 0, detached; 0 where the label must not be used."""
     temperature: Tensor
     """(N, 1, H, W) floating, > 0. Carries the gradient of the temperature net, unless under `no_grad`."""
 
@@ -69,11 +69,13 @@ def confidence_weight(logits: Tensor, *, mode: str = "ratio", threshold: float =
     Args:
         logits: (N, C, H, W), floating; detached.
         mode: "ratio": every pixel of the batch gets the share of pixels whose confidence is >= `threshold`, as in DACS
-            and DAFormer; "threshold": 1 where the confidence is >= `threshold`, else 0; "none": 1 everywhere.
+            and DAFormer; "confidence": the same on average, but within the batch in proportion to the square of a pixel's
+            confidence, so that what the teacher doubts counts less; "threshold": 1 where the confidence is >= `threshold`,
+            else 0; "none": 1 everywhere.
         threshold: in 0..1; 0.968 is DAFormer's.
 
     Returns:
-        (N, H, W) floating in 0..1, detached.
+        (N, H, W) floating, >= 0, detached; at most 1 in all modes but "confidence".
 
     Example:
         >>> z = torch.tensor([9.0, 0.0, 0.0, 0.0]).view(1, 1, 2, 2)
@@ -92,8 +94,13 @@ def confidence_weight(logits: Tensor, *, mode: str = "ratio", threshold: float =
     z = z if z.dtype == torch.float64 else z.float()
     if mode == "none":
         return torch.ones_like(z[:, 0])
-    confident = (F.softmax(z, dim=1).amax(1) >= threshold).to(z.dtype)
-    return confident if mode == "threshold" else confident.mean().expand_as(confident).clone()
+    confidence = F.softmax(z, dim=1).amax(1)
+    confident = (confidence >= threshold).to(z.dtype)
+    if mode == "threshold":
+        return confident
+    if mode == "confidence":
+        return confident.mean() * confidence.pow(2) / confidence.pow(2).mean()
+    return confident.mean().expand_as(confident).clone()
 
 
 class SoftPseudoLabeler:
@@ -102,7 +109,7 @@ class SoftPseudoLabeler:
     Args:
         temperature_net: maps (logits, features) to temperatures (N, 1, H, W), as `MetaTemperatureNet` does; None for
             T = 1, uncalibrated soft labels.
-        weight: "ratio", "threshold" or "none", see `confidence_weight`.
+        weight: "ratio", "confidence", "threshold" or "none", see `confidence_weight`.
         threshold: the confidence that counts as sure, in 0..1.
         ignore_top, ignore_bottom: rows at the image's edges whose weight is 0. DAFormer ignores the rectification border
             (15 rows) and the car's bonnet (120 rows) of Cityscapes.

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._check import check_logits, check_number, check_tensor, describe, problem
+from ._check import check_choice, check_logits, check_number, check_tensor, describe, problem
 
+SEES = ("logits", "confidence")
 # exp(-9) is about 1e-4: below that a class is out of the question and how far out says nothing more. Without a floor one
 # confident pixel (log-probability -80) drowns the inputs of all others.
 _LOG_PROBABILITY_FLOOR = -9.0
@@ -105,6 +106,9 @@ class MetaTemperatureNet(nn.Module):
     Args:
         num_classes: C, at least 2.
         feature_channels: F, or 0 when no features will be passed.
+        sees: "logits", all of `temperature_features`, or "confidence", of these only margin and entropy. Which classes
+            compete tells more, but only confidence means the same on a clean image and on one mixed from two, where
+            `TemperatureFit` learns.
         hidden_channels: width of the net. The default gives 5,377 parameters for C = 19 without features.
         initial_temperature: T before the first update. > 0.
         max_ratio: T stays within a factor of this of `initial_temperature`. > 1.
@@ -128,6 +132,7 @@ class MetaTemperatureNet(nn.Module):
         num_classes: int,
         *,
         feature_channels: int = 0,
+        sees: str = "logits",
         hidden_channels: int = 16,
         initial_temperature: float = 1.0,
         max_ratio: float = 5.0,
@@ -137,11 +142,13 @@ class MetaTemperatureNet(nn.Module):
         name = "MetaTemperatureNet"
         check_number(name, "num_classes", num_classes, low=2, rule=">= 2")
         check_number(name, "feature_channels", feature_channels, low=0, rule=">= 0")
+        check_choice(name, "sees", sees, SEES)
         check_number(name, "hidden_channels", hidden_channels, low=1, rule=">= 1")
         check_number(name, "initial_temperature", initial_temperature, low=1e-6, high=1e6, rule="in [1e-6, 1e6]")
         check_number(name, "max_ratio", max_ratio, low=1 + 1e-6, high=1e6, rule="> 1 (and at most 1e6)")
         self.num_classes = num_classes
         self.feature_channels = feature_channels
+        self.sees = sees
         self.initial_temperature = float(initial_temperature)
         self.max_ratio = float(max_ratio)
         # The layers draw their default weights from the global random state; the fork hides that from the host.
@@ -150,7 +157,7 @@ class MetaTemperatureNet(nn.Module):
             self.reduce = nn.Conv2d(feature_channels, reduced, 1) if feature_channels else None
             self.layers = nn.ModuleList(
                 [
-                    nn.Conv2d(num_classes + 2 + reduced, hidden_channels, 3, padding=1),
+                    nn.Conv2d((num_classes + 2 if sees == "logits" else 2) + reduced, hidden_channels, 3, padding=1),
                     nn.Conv2d(hidden_channels, hidden_channels, 3, padding=2, dilation=2),
                 ]
             )
@@ -168,6 +175,8 @@ class MetaTemperatureNet(nn.Module):
         check_logits("MetaTemperatureNet", "logits", logits, num_classes=self.num_classes)
         dtype = self.last.weight.dtype
         x = temperature_features(logits).to(dtype)
+        if self.sees == "confidence":
+            x = x[:, self.num_classes :]
         if self.reduce is not None:
             h = self.reduce(_normalised(self._checked_features(features, logits.shape[0]).to(dtype)))
             h = F.interpolate(h, size=logits.shape[-2:], mode="bilinear", align_corners=False)

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dacal_addon.mixing import class_mask, complement, cut_mask, mix
+from dacal_addon.mixing import class_mask, complement, cut_mask, mix, mixup_pairs
 
 
 def generator(seed=0):
@@ -143,6 +143,16 @@ def test_randomness_comes_from_the_generator_alone():
         (lambda: class_mask(random_label(0), generator=generator(), scope="all"), ValueError, r"'image', 'batch'"),
         (lambda: cut_mask((1, 4, 4), generator=generator(), share=(0.6, 0.4)), ValueError, r"share\[1\] in \[share\[0\], 1\]"),
         (lambda: cut_mask((1, 0, 4), generator=generator()), ValueError, r"H of size >= 1, got 0"),
+        (
+            lambda: mixup_pairs(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4).long(), generator=generator()),
+            ValueError,
+            r"mixup_pairs: expected at least 2 images, got 1; use a larger batch",
+        ),
+        (
+            lambda: mixup_pairs(torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4).long(), generator=generator(), share=1.5),
+            ValueError,
+            r"share in \[0, 1\], got 1.5",
+        ),
         (lambda: complement(torch.ones(1, 1, 2, 2)), ValueError, r"a bool tensor \(N, 1, H, W\).*got float32.*mask > 0.5"),
         (lambda: mix(random_mask(0), torch.zeros(3, 6, 9), torch.zeros(3, 6, 9)), ValueError, r"N, H, W = \(3, 6, 8\)"),
         (lambda: mix(random_mask(0), torch.zeros(3, 6, 8), random_label(0)), ValueError, r"one shape and dtype"),

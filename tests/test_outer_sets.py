@@ -59,6 +59,19 @@ def test_mixup_blends_each_image_with_another_one(batch, seed):
     assert bool((outer.label[:, -1] == 255).all())
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_mixup_can_judge_only_where_the_two_labels_differ(batch, seed):
+    """Which image was blended in is read off the pixels."""
+    outer = target_mixup(batch, generator=generator(seed), share=0.65, differing=True)
+    other = (outer.image - 0.65 * batch.target_image) / 0.35
+    usable = batch.pseudo_label.masked_fill(batch.weight == 0, 255)
+    for i in range(3):
+        (partner,) = [j for j in range(3) if torch.allclose(other[i], batch.target_image[j], atol=1e-5)]
+        differs = usable[i] != usable[partner]
+        assert torch.equal(outer.label[i], torch.where(differs, usable[i], torch.full_like(usable[i], 255)))
+        assert 0 < int(differs.sum()) < differs.numel()
+
+
 def test_mixup_needs_two_images(batch):
     one = DomainBatch(*(value[:1] if isinstance(value, torch.Tensor) else value for value in batch))
     with pytest.raises(ValueError, match="expected at least 2 target images, got 1"):

@@ -41,6 +41,16 @@ def test_weights_follow_daformer(seed, threshold):
     assert bool((confidence_weight(z, mode="none", threshold=threshold) == 1).all())
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.2, 0.9))
+def test_confidence_shares_the_same_weight_by_the_squared_confidence(seed, threshold):
+    z = logits(seed)
+    weight = confidence_weight(z, mode="confidence", threshold=threshold).numpy()
+    confidence = softmax(z.numpy(), axis=1).max(1)
+    np.testing.assert_allclose(weight.mean(), (confidence >= threshold).mean(), rtol=1e-9)
+    np.testing.assert_allclose(weight * confidence[0, 0, 0] ** 2, confidence**2 * weight[0, 0, 0], rtol=1e-9)
+
+
 def trained_net():
     net = MetaTemperatureNet(5)
     torch.nn.init.constant_(net.last.weight, 0.2)
@@ -104,7 +114,11 @@ def test_one_hot_writes_zeros_for_ignored_pixels():
 @pytest.mark.parametrize(
     ("call", "error", "expected"),
     [
-        (lambda: SoftPseudoLabeler(None, weight="share"), ValueError, r"weight to be one of 'ratio', 'threshold', 'none'"),
+        (
+            lambda: SoftPseudoLabeler(None, weight="share"),
+            ValueError,
+            r"weight to be one of 'ratio', 'confidence', 'threshold', 'none'",
+        ),
         (lambda: SoftPseudoLabeler(None, threshold=1.5), ValueError, r"expected threshold in \[0, 1\], got 1.5"),
         (lambda: SoftPseudoLabeler(None, ignore_top=-1), ValueError, r"ignore_top >= 0 rows, got -1"),
         (lambda: SoftPseudoLabeler(None)(torch.zeros(5, 6, 7)), ValueError, r"got float32 \(5, 6, 7\)"),

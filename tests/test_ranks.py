@@ -11,7 +11,7 @@ from problems import ENGINES, TOLERANCE, distance, generator, randn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, hypergradient
+from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, TemperatureFit, hypergradient
 from dacal_addon.ranks import Ranks
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
@@ -246,3 +246,43 @@ def test_one_process_needs_nothing_of_torch_distributed():
     tensors = [torch.ones(2), None]
     assert Ranks().size == 1
     assert Ranks().average(tensors, [torch.zeros(2), torch.zeros(1)]) == tensors
+
+
+def check_fitted_temperatures(rank, expected):
+    net = MetaTemperatureNet(3, sees="confidence")
+    if rank:  # as if it had been built otherwise: the first call must overwrite it
+        nn.init.constant_(net.last.weight, 1.0)
+    image, label = fitting_batch(rank)
+    fit = TemperatureFit(net, torch.optim.SGD(net.parameters(), lr=1.0))
+    losses = [fit(torch.exp, image, label, generator=generator(0)) for _ in range(2)]
+    nothing = fit(torch.exp, image, torch.zeros_like(label), generator=generator(0))
+    assert nothing != nothing
+    found = [*losses, *(parameter.detach() for parameter in net.parameters())]
+    for one, other in zip(found, expected):
+        assert torch.allclose(torch.as_tensor(one), torch.as_tensor(other), atol=1e-6)
+
+
+def fitting_batch(rank):
+    image = randn(2, 3, 4, 4, seed=8 + rank).float()
+    label = torch.randint(0, 3, (2, 4, 4), generator=generator(rank))
+    return image, label
+
+
+def test_two_ranks_fit_the_temperatures_of_the_whole_batch():
+    """Of one process, by hand: the mean over the judged pixels of both batches."""
+    net = MetaTemperatureNet(3, sees="confidence")
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    losses = []
+    for _ in range(2):
+        total, count = 0.0, 0
+        for rank in range(2):
+            image, label = fitting_batch(rank)
+            label = label.masked_fill(label == label.flip(0), 255)
+            z = torch.exp(0.65 * image + 0.35 * image.flip(0))
+            total = total + F.cross_entropy(z / net(z), label, ignore_index=255, reduction="sum")
+            count += int((label != 255).sum())
+        optimizer.zero_grad()
+        (total / count).backward()
+        optimizer.step()
+        losses.append(float(total.detach()) / count)
+    on_two_ranks(check_fitted_temperatures, [*losses, *(p.detach() for p in net.parameters())])

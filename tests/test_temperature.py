@@ -96,6 +96,17 @@ def test_sees_features_whatever_their_scale_and_resolution():
     np.testing.assert_allclose(net(z, 1000 * features).detach(), base.detach(), rtol=1e-3, atol=1e-3)
 
 
+def test_one_that_sees_confidence_does_not_know_which_class_it_is():
+    net, informed = MetaTemperatureNet(5, sees="confidence"), MetaTemperatureNet(5)
+    for each in (net, informed):
+        torch.nn.init.constant_(each.last.weight, 0.2)
+    z = logits()
+    renamed = z[:, [3, 1, 4, 0, 2]]
+    assert net(z).std() > 0.01
+    assert bool(torch.isclose(net(renamed), net(z)).all())
+    assert not bool(torch.isclose(informed(renamed), informed(z)).all())
+
+
 def test_gradient_reaches_the_net_and_nothing_else():
     net = MetaTemperatureNet(5, feature_channels=8)
     z, features = logits().requires_grad_(), logits(1, (2, 8, 3, 4)).requires_grad_()

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import __version__, metrics, plots
 from .datasets import Dataset, load_dataset
 from .plots import pick_images, predictions_figure
-from .self_training import METHODS, RECIPES, DACal, Recipe, Scores, Trained, predict, score, train, train_start
+from .self_training import METHODS, RECIPES, Recipe, Scores, Trained, predict, score, temperature_of, train, train_start
 
 
 class _Finished(NamedTuple):
@@ -30,13 +30,7 @@ def run(dataset_name: str, *, seed: int, iterations: int, out: Path, device: tor
     """Run the demo; returns the exit code, 130 after Ctrl-C. `iterations`: of each self-training run, 0 for the default."""
     recipe = RECIPES[dataset_name]
     if iterations:
-        # The phases keep their proportions, so that a short run still takes meta-steps.
-        share = iterations / recipe.iterations
-        recipe = recipe._replace(
-            iterations=iterations,
-            source_iterations=max(1, round(share * recipe.source_iterations)),
-            meta_warmup=round(share * recipe.meta_warmup),
-        )
+        recipe = recipe.scaled(iterations)
     finished: Dict[str, _Finished] = {}
     begun, interrupted, dataset = time.perf_counter(), False, None
     try:
@@ -127,20 +121,10 @@ def _write_pictures(out: Path, dataset: Dataset, finished: Dict[str, _Finished],
         "predictions.png": predictions_figure(dataset, image[chosen], label[chosen], predictions),
     }
     if "dacal" in finished:
-        logits = finished["dacal"].logits[chosen]
-        temperature = _temperature(finished["dacal"].trained, image[chosen], device)
+        logits, trained = finished["dacal"].logits[chosen], finished["dacal"].trained
+        temperature = temperature_of(trained.teaching, trained.student, image[chosen], device=device)
+        assert temperature is not None  # for mypy
         figures["temperature.png"] = plots.temperature_map(image[chosen], temperature, wrong=logits.argmax(1) != label[chosen])
     for name, figure in figures.items():
         plots.save(figure, out / name)
     return list(figures)
-
-
-def _temperature(trained: Trained, image: Tensor, device: torch.device) -> Tensor:
-    """The temperatures that the finished student's own logits would get, were it the teacher: (N, 1, H, W) on the CPU."""
-    assert isinstance(trained.teaching, DACal)  # for mypy
-    net, student = trained.teaching.temperature_net, trained.student.eval()
-    with torch.no_grad():
-        features = student.features(image.to(device))
-        temperature: Tensor = net(student.logits(features), features).cpu()
-    student.train()
-    return temperature

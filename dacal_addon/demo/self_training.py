@@ -9,16 +9,17 @@ its own, so that results can be compared in pairs. (In a prototype a changed str
 import copy
 import time
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, NamedTuple, Type
+from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Type
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, soft_cross_entropy
+from .. import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, TemperatureFit, soft_cross_entropy
 from ..metrics import CalibrationStats
 from ..mixing import class_mask, mix
 from ..progress import Progress
+from ..pseudo_labels import one_hot
 from .datasets import Dataset, Split
 from .network import SmallUNet
 
@@ -37,6 +38,17 @@ class Recipe(NamedTuple):
     teacher_momentum: float = 0.99
     threshold: float = 0.9
     meta_warmup: int = 50
+    width: int = 1
+    """Of the network, see `SmallUNet`."""
+
+    def scaled(self, iterations: int) -> "Recipe":
+        """With another number of iterations; the phases keep their proportions, so that a short run still warms up."""
+        share = iterations / self.iterations
+        return self._replace(
+            iterations=iterations,
+            source_iterations=max(1, round(share * self.source_iterations)),
+            meta_warmup=round(share * self.meta_warmup),
+        )
 
 
 RECIPES = {
@@ -81,6 +93,19 @@ class Teaching:
         """Add the gradient of everything else to the student's; returns a note for the progress bar."""
         return ""
 
+    def mixed_loss(self, batch: Batch, label: Tensor, weight: Tensor) -> Tensor:
+        """Of the student on the mixed image, for labels (N, C, H, W) and weights (N, H, W) of the target's pixels."""
+        logits = self.student(mix(batch.mask, batch.source_strong, batch.target_strong))
+        label, weight = mix(batch.mask, batch.source_label, label), mix(batch.mask, torch.ones_like(weight), weight)
+        return self.loss_on_mixed(logits, label, weight)
+
+    def loss_on_mixed(self, logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+        return soft_cross_entropy(logits, label, weight)
+
+    def temperature(self, teacher: SmallUNet, image: Tensor) -> Optional[Tensor]:
+        """(N, 1, H, W): what the method would divide the teacher's logits by; None where it has no such thing."""
+        return None
+
 
 class HardLabels(Teaching):
     """The teacher's argmax on the target's pixels of the mixed image."""
@@ -90,14 +115,9 @@ class HardLabels(Teaching):
     def teach(self, teacher: SmallUNet, batch: Batch) -> str:
         with torch.no_grad():
             labels = SoftPseudoLabeler(None, threshold=self.recipe.threshold)(teacher(batch.target_image))
-        label = mix(batch.mask, batch.source_label, labels.pseudo_label)
-        weight = mix(batch.mask, torch.ones_like(labels.weight), labels.weight)
-        logits = self.student(mix(batch.mask, batch.source_strong, batch.target_strong))
-        self.mixed_loss(logits, label, weight).backward()
+            label = one_hot(labels.pseudo_label, labels.soft_label.shape[1])
+        self.mixed_loss(batch, label, labels.weight).backward()
         return ""
-
-    def mixed_loss(self, logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
-        return (F.cross_entropy(logits, label, reduction="none") * weight).mean()
 
 
 class SoftLabels(Teaching):
@@ -108,16 +128,14 @@ class SoftLabels(Teaching):
     def teach(self, teacher: SmallUNet, batch: Batch) -> str:
         with torch.no_grad():
             labels = SoftPseudoLabeler(None, threshold=self.recipe.threshold)(teacher(batch.target_image))
-        label = mix(batch.mask, batch.source_label, labels.soft_label)
-        weight = mix(batch.mask, torch.ones_like(labels.weight), labels.weight)
-        soft_cross_entropy(self.student(mix(batch.mask, batch.source_strong, batch.target_strong)), label, weight).backward()
+        self.mixed_loss(batch, labels.soft_label, labels.weight).backward()
         return ""
 
 
-class DACal(Teaching):
-    """Soft labels with learned temperatures."""
+class Bilevel(Teaching):
+    """Soft labels whose temperatures the paper's bilevel step learns; the temperature net sees logits and features."""
 
-    title = "DA-Cal"
+    title = "DA-Cal, bilevel"
 
     def __init__(self, student: SmallUNet, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
         super().__init__(student, optimizer, recipe)
@@ -150,11 +168,46 @@ class DACal(Teaching):
         )
         return f"T {result.temperature_min:.2f}..{result.temperature_max:.2f}" if not result.skipped else ""
 
+    def temperature(self, teacher: SmallUNet, image: Tensor) -> Tensor:
+        features = teacher.features(image)
+        temperature: Tensor = self.temperature_net(teacher.logits(features), features)
+        return temperature
+
+
+class DACal(Teaching):
+    """Soft labels whose temperatures are fitted on blends of target images: the best of what `benchmarks/uda.py` compared."""
+
+    title = "DA-Cal, fitted"
+
+    def __init__(self, student: SmallUNet, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
+        super().__init__(student, optimizer, recipe)
+        net = MetaTemperatureNet(student.head.out_channels, sees="confidence")
+        self.temperature_net = net.to(next(student.parameters()).device)
+        self.fit = TemperatureFit(net, torch.optim.Adam(net.parameters(), lr=2e-3))
+        self.label = SoftPseudoLabeler(net, threshold=recipe.threshold, weight="confidence")
+
+    def teach(self, teacher: SmallUNet, batch: Batch) -> str:
+        with torch.no_grad():
+            logits = teacher(batch.target_image)
+        self.fit_temperatures(teacher, batch, logits)
+        with torch.no_grad():
+            labels = self.label(logits)
+        self.mixed_loss(batch, labels.soft_label, labels.weight).backward()
+        return f"T {float(labels.temperature.min()):.2f}..{float(labels.temperature.max()):.2f}"
+
+    def fit_temperatures(self, teacher: SmallUNet, batch: Batch, logits: Tensor) -> None:
+        self.fit(teacher, batch.target_image, logits.argmax(1), generator=batch.generator)
+
+    def temperature(self, teacher: SmallUNet, image: Tensor) -> Tensor:
+        temperature: Tensor = self.temperature_net(teacher(image))
+        return temperature
+
 
 METHODS: Dict[str, Type[Teaching]] = {
     "source-only": Teaching,
     "hard": HardLabels,
     "soft": SoftLabels,
+    "dacal-bilevel": Bilevel,
     "dacal": DACal,
 }
 
@@ -246,7 +299,7 @@ class Start(NamedTuple):
 
 def train_start(dataset: Dataset, recipe: Recipe, *, seed: int, device: torch.device) -> Start:
     """Train on the source alone, as far as all methods do."""
-    student = SmallUNet(len(dataset.class_names), seed=seed).to(device)
+    student = SmallUNet(len(dataset.class_names), width=recipe.width, seed=seed).to(device)
     optimizer = _optimizer(student, recipe)
     with _seeded(seed), Progress("source, common start", recipe.source_iterations) as progress:
         for _, batch in zip(range(recipe.source_iterations), batches(dataset, recipe, seed=2 * seed, device=device)):
@@ -304,13 +357,25 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 
 def predict(network: nn.Module, image: Tensor, *, device: torch.device) -> Tensor:
     """Logits (N, C, H, W) of many images, on the CPU, in evaluation mode; the modes are put back."""
+    return evaluated(network, network, image, device=device)
+
+
+def temperature_of(teaching: Teaching, network: SmallUNet, image: Tensor, *, device: torch.device) -> Optional[Tensor]:
+    """The temperatures (N, 1, H, W) that a network's logits would get, were it the teacher; None where there are none."""
+    if teaching.temperature(network, image[:1].to(device)) is None:
+        return None
+    return evaluated(network, lambda part: teaching.temperature(network, part), image, device=device)
+
+
+def evaluated(network: nn.Module, function: Callable[[Tensor], Any], image: Tensor, *, device: torch.device) -> Tensor:
+    """A function of many images that runs the network: 25 at a time, in evaluation mode, the results on the CPU."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     with torch.no_grad():
-        logits = torch.cat([network(part.to(device)).cpu() for part in image.split(25)])
+        result = torch.cat([function(part.to(device)).cpu() for part in image.split(25)])
     for module, training in modes.items():
         module.training = training
-    return logits
+    return result
 
 
 def score(logits: Tensor, label: Tensor) -> Scores:

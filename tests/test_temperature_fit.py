@@ -1,0 +1,133 @@
+"""Temperatures fitted on blends, against scipy's minimum and a second computation of what is judged."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
+from torch import nn
+
+from dacal_addon import MetaTemperatureNet, TemperatureFit
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+IMAGE = torch.rand(2, 3, 9, 11, generator=generator(1), dtype=torch.float64)
+
+
+class OneTemperature(nn.Module):
+    """The same everywhere, and a note of what it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.log = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, logits, features=None):
+        self.features = features
+        return self.log.exp() * torch.ones_like(logits[:, :1])
+
+
+class Teacher(nn.Module):
+    """Logits that a blend makes wrong now and then; BatchNorm and dropout leave traces if they are not wiped."""
+
+    def __init__(self, *, with_features=False):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            self.conv, self.norm, self.dropout = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, momentum=1.0), nn.Dropout(0.1)
+            self.with_features = with_features
+            self.double()(IMAGE)  # for the statistics
+
+    def forward(self, image):
+        features = self.norm(self.conv(image))
+        logits = 6 * self.dropout(features)
+        return (logits, features) if self.with_features else logits
+
+
+def labels_of(teacher):
+    return copy.deepcopy(teacher).eval()(IMAGE).argmax(1)
+
+
+def test_one_temperature_comes_to_the_minimum_that_scipy_finds():
+    teacher = Teacher().eval()
+    label = labels_of(teacher)
+    label[0, 0] = 255  # the host's own ignored row
+    with torch.no_grad():
+        z = teacher(0.65 * IMAGE + 0.35 * IMAGE[[1, 0]])  # of two images, each meets the other
+    judged = (label != 255) & (label != label[[1, 0]])
+    z, y = z.permute(0, 2, 3, 1)[judged], label[judged]
+    best = minimize_scalar(
+        lambda t: float(F.cross_entropy(z / t, y)), bounds=(0.05, 20), method="bounded", options={"xatol": 1e-8}
+    )
+    assert abs(best.x - 1) > 0.1
+
+    net = OneTemperature()
+    fit = TemperatureFit(net, torch.optim.Adam([net.log], lr=0.05))
+    losses = [fit(teacher, IMAGE, label, generator=generator()) for _ in range(400)]
+    assert losses[0] == pytest.approx(float(F.cross_entropy(z, y)))
+    assert losses[-1] == pytest.approx(best.fun, rel=1e-6)
+    assert float(net.log.detach().exp()) == pytest.approx(best.x, rel=1e-3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_leaves_nothing_behind_but_the_nets_parameters(training):
+    teacher = Teacher().train(training)
+    before, state = copy.deepcopy(teacher.state_dict()), torch.get_rng_state()
+    net = MetaTemperatureNet(4, sees="confidence").double()
+    untouched = copy.deepcopy(net.state_dict())
+    TemperatureFit(net, torch.optim.Adam(net.parameters(), lr=1e-2))(teacher, IMAGE, labels_of(teacher), generator=generator())
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert teacher.training == training
+    assert all(parameter.grad is None for module in (teacher, net) for parameter in module.parameters())
+    assert any(not torch.equal(value, untouched[name]) for name, value in net.state_dict().items())
+
+
+def test_hands_the_teachers_features_on():
+    teacher, net = Teacher(with_features=True).eval(), OneTemperature()
+    label = labels_of(Teacher().eval())
+    TemperatureFit(net, torch.optim.SGD([net.log], lr=0.1), share=0.8)(teacher, IMAGE, label, generator=generator())
+    assert torch.equal(net.features, teacher(0.8 * IMAGE + (1 - 0.8) * IMAGE[[1, 0]])[1])
+
+
+def test_without_a_pair_of_different_labels_nothing_moves():
+    teacher, net = Teacher(), OneTemperature()
+    optimizer = torch.optim.Adam([net.log], lr=0.1)
+    fit = TemperatureFit(net, optimizer)
+    fit(teacher, IMAGE, labels_of(teacher), generator=generator())  # gives Adam a momentum
+    moved = float(net.log.detach())
+    assert moved != 0
+    loss = fit(teacher, IMAGE, torch.full((2, 9, 11), 3), generator=generator())
+    assert loss != loss
+    assert float(net.log.detach()) == moved
+
+
+def test_teaches_a_net_to_doubt_what_blends_get_wrong():
+    """Where the teacher is sure it is right and elsewhere it guesses: T must fall there and rise here."""
+    sure = torch.zeros(2, 1, 8, 8).bool()
+    sure[..., :4] = True
+
+    def teacher(image):
+        noise = torch.randn(2, 4, 8, 8, generator=generator(5))
+        own = 1.5 * F.one_hot(label, 4).permute(0, 3, 1, 2)
+        return torch.where(sure, own * 2 + 0.1 * noise, 2 * noise)
+
+    label = torch.randint(0, 4, (2, 8, 8), generator=generator(2))
+    net = MetaTemperatureNet(4, sees="confidence")
+    fit = TemperatureFit(net, torch.optim.Adam(net.parameters(), lr=1e-2))
+    for _ in range(150):
+        fit(teacher, IMAGE.float()[..., :8, :8], label, generator=generator())
+    with torch.no_grad():
+        temperature = net(teacher(None))
+    assert float(temperature[sure].mean()) < 0.7
+    assert float(temperature[~sure].mean()) > 1.5
+
+
+@pytest.mark.parametrize("share", [0.4, 1.1])
+def test_the_dominant_image_must_dominate(share):
+    net = OneTemperature()
+    with pytest.raises(ValueError, match=r"TemperatureFit: expected share in \[0.5, 1\], got"):
+        TemperatureFit(net, torch.optim.SGD([net.log], lr=0.1), share=share)
