@@ -106,10 +106,10 @@ class MetaTemperatureNet(nn.Module):
     Args:
         num_classes: C, at least 2.
         feature_channels: F, or 0 when no features will be passed.
-        sees: "logits", all of `temperature_features`, or "confidence", of these only margin and entropy. Which classes
-            compete tells more, but only confidence means the same on a clean image and on one mixed from two, where
-            `TemperatureFit` learns.
-        hidden_channels: width of the net. The default gives 5,377 parameters for C = 19 without features.
+        sees: "confidence", the margin and the entropy of `temperature_features`, or "logits", the class log-probabilities
+            too. Which classes compete tells more, but only confidence means the same on a clean image and on one mixed of
+            two, where temperatures are learned: with "logits" the calibration error was higher (`benchmarks/README.md`).
+        hidden_channels: width of the net. The default gives 2,641 parameters, and 5,377 with "logits" and C = 19.
         initial_temperature: T before the first update. > 0.
         max_ratio: T stays within a factor of this of `initial_temperature`. > 1.
         generator: source of the initial weights; by default one with seed 0.
@@ -132,7 +132,7 @@ class MetaTemperatureNet(nn.Module):
         num_classes: int,
         *,
         feature_channels: int = 0,
-        sees: str = "logits",
+        sees: str = "confidence",
         hidden_channels: int = 16,
         initial_temperature: float = 1.0,
         max_ratio: float = 5.0,

@@ -32,9 +32,9 @@ class TemperatureFit:
     bit: the first call broadcasts the first rank's, and the loss is the mean over the judged pixels of all ranks.
 
     Args:
-        temperature_net: e.g. `MetaTemperatureNet(num_classes, sees="confidence")`. What it sees must mean the same on
-            blended and on clean images: with the logits or features as inputs too it learnt less that was true of clean ones
-            (`benchmarks/README.md`).
+        temperature_net: e.g. `MetaTemperatureNet(num_classes)`. What it sees must mean the same on blended and on clean
+            images, as confidence does: with the logits or features as inputs too it learned less that was true of clean
+            ones (`benchmarks/README.md`).
         optimizer: of its parameters, e.g. `torch.optim.Adam(temperature_net.parameters(), lr=2e-3)`.
         share: of the dominant image.
         ignore_index: of `pseudo_label`, where a pixel must not be used.
@@ -43,7 +43,7 @@ class TemperatureFit:
     Example:
         >>> from dacal_addon import MetaTemperatureNet
         >>> g = torch.Generator().manual_seed(0)
-        >>> net = MetaTemperatureNet(4, sees="confidence")
+        >>> net = MetaTemperatureNet(4)
         >>> teacher = lambda image: 9 * torch.cat([image, 1 - image], 1)
         >>> fit = TemperatureFit(net, torch.optim.Adam(net.parameters(), lr=2e-3))
         >>> target_image = torch.rand(2, 2, 8, 8, generator=g)

@@ -249,7 +249,7 @@ def test_one_process_needs_nothing_of_torch_distributed():
 
 
 def check_fitted_temperatures(rank, expected):
-    net = MetaTemperatureNet(3, sees="confidence")
+    net = MetaTemperatureNet(3)
     if rank:  # as if it had been built otherwise: the first call must overwrite it
         nn.init.constant_(net.last.weight, 1.0)
     image, label = fitting_batch(rank)
@@ -270,7 +270,7 @@ def fitting_batch(rank):
 
 def test_two_ranks_fit_the_temperatures_of_the_whole_batch():
     """Of one process, by hand: the mean over the judged pixels of both batches."""
-    net = MetaTemperatureNet(3, sees="confidence")
+    net = MetaTemperatureNet(3)
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     losses = []
     for _ in range(2):

@@ -97,7 +97,7 @@ def test_sees_features_whatever_their_scale_and_resolution():
 
 
 def test_one_that_sees_confidence_does_not_know_which_class_it_is():
-    net, informed = MetaTemperatureNet(5, sees="confidence"), MetaTemperatureNet(5)
+    net, informed = MetaTemperatureNet(5), MetaTemperatureNet(5, sees="logits")
     for each in (net, informed):
         torch.nn.init.constant_(each.last.weight, 0.2)
     z = logits()
@@ -143,7 +143,7 @@ def test_has_a_few_thousand_parameters():
     def count(**options):
         return sum(parameter.numel() for parameter in MetaTemperatureNet(19, **options).parameters())
 
-    assert count() == 5377  # the docstring says so
+    assert (count(), count(sees="logits")) == (2641, 5377)  # the docstring says so
     assert count(feature_channels=256) < 10_000
 
 

@@ -76,7 +76,7 @@ def test_one_temperature_comes_to_the_minimum_that_scipy_finds():
 def test_leaves_nothing_behind_but_the_nets_parameters(training):
     teacher = Teacher().train(training)
     before, state = copy.deepcopy(teacher.state_dict()), torch.get_rng_state()
-    net = MetaTemperatureNet(4, sees="confidence").double()
+    net = MetaTemperatureNet(4).double()
     untouched = copy.deepcopy(net.state_dict())
     TemperatureFit(net, torch.optim.Adam(net.parameters(), lr=1e-2))(teacher, IMAGE, labels_of(teacher), generator=generator())
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
@@ -116,7 +116,7 @@ def test_teaches_a_net_to_doubt_what_blends_get_wrong():
         return torch.where(sure, own * 2 + 0.1 * noise, 2 * noise)
 
     label = torch.randint(0, 4, (2, 8, 8), generator=generator(2))
-    net = MetaTemperatureNet(4, sees="confidence")
+    net = MetaTemperatureNet(4)
     fit = TemperatureFit(net, torch.optim.Adam(net.parameters(), lr=1e-2))
     for _ in range(150):
         fit(teacher, IMAGE.float()[..., :8, :8], label, generator=generator())

@@ -114,7 +114,7 @@ class HardLabels(Teaching):
 
     def teach(self, teacher: SmallUNet, batch: Batch) -> str:
         with torch.no_grad():
-            labels = SoftPseudoLabeler(None, threshold=self.recipe.threshold)(teacher(batch.target_image))
+            labels = SoftPseudoLabeler(None, threshold=self.recipe.threshold, weight="ratio")(teacher(batch.target_image))
             label = one_hot(labels.pseudo_label, labels.soft_label.shape[1])
         self.mixed_loss(batch, label, labels.weight).backward()
         return ""
@@ -127,7 +127,7 @@ class SoftLabels(Teaching):
 
     def teach(self, teacher: SmallUNet, batch: Batch) -> str:
         with torch.no_grad():
-            labels = SoftPseudoLabeler(None, threshold=self.recipe.threshold)(teacher(batch.target_image))
+            labels = SoftPseudoLabeler(None, threshold=self.recipe.threshold, weight="ratio")(teacher(batch.target_image))
         self.mixed_loss(batch, labels.soft_label, labels.weight).backward()
         return ""
 
@@ -139,11 +139,11 @@ class Bilevel(Teaching):
 
     def __init__(self, student: SmallUNet, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
         super().__init__(student, optimizer, recipe)
-        net = MetaTemperatureNet(student.head.out_channels, feature_channels=student.feature_channels)
+        net = MetaTemperatureNet(student.head.out_channels, feature_channels=student.feature_channels, sees="logits")
         self.temperature_net = net.to(next(student.parameters()).device)
         self.calibrate = BilevelCalibrationStep(
             student,
-            SoftPseudoLabeler(self.temperature_net, threshold=recipe.threshold),
+            SoftPseudoLabeler(self.temperature_net, threshold=recipe.threshold, weight="ratio"),
             optimizer=optimizer,
             meta_optimizer=torch.optim.Adam(self.temperature_net.parameters(), lr=3e-4),
             engine="auto",
@@ -181,10 +181,10 @@ class DACal(Teaching):
 
     def __init__(self, student: SmallUNet, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
         super().__init__(student, optimizer, recipe)
-        net = MetaTemperatureNet(student.head.out_channels, sees="confidence")
+        net = MetaTemperatureNet(student.head.out_channels)
         self.temperature_net = net.to(next(student.parameters()).device)
         self.fit = TemperatureFit(net, torch.optim.Adam(net.parameters(), lr=2e-3))
-        self.label = SoftPseudoLabeler(net, threshold=recipe.threshold, weight="confidence")
+        self.label = SoftPseudoLabeler(net, threshold=recipe.threshold)
 
     def teach(self, teacher: SmallUNet, batch: Batch) -> str:
         with torch.no_grad():
@@ -362,7 +362,7 @@ def predict(network: nn.Module, image: Tensor, *, device: torch.device) -> Tenso
 
 def temperature_of(teaching: Teaching, network: SmallUNet, image: Tensor, *, device: torch.device) -> Optional[Tensor]:
     """The temperatures (N, 1, H, W) that a network's logits would get, were it the teacher; None where there are none."""
-    if teaching.temperature(network, image[:1].to(device)) is None:
+    if type(teaching).temperature is Teaching.temperature:
         return None
     return evaluated(network, lambda part: teaching.temperature(network, part), image, device=device)
 

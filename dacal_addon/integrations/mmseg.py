@@ -127,6 +127,7 @@ class Calibration:
         self.options = options
         self.net = MetaTemperatureNet(
             host.num_classes,
+            sees="logits",
             hidden_channels=options.hidden_channels,
             initial_temperature=options.initial_temperature,
             max_ratio=options.max_ratio,
@@ -134,6 +135,7 @@ class Calibration:
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=options.meta_lr)
         self.labeler = SoftPseudoLabeler(
             self.net,
+            weight="ratio",
             threshold=host.pseudo_threshold,
             ignore_top=host.psweight_ignore_top,
             ignore_bottom=host.psweight_ignore_bottom,
