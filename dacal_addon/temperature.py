@@ -51,27 +51,29 @@ def temperature_features(logits: Tensor) -> Tensor:
 
 
 class _ClampWithWayBack(torch.autograd.Function):
-    """clamp(h, -bound, bound) whose gradient, outside the bounds, is kept where a descent step leads back inside.
+    """clamp(h, low, high) whose gradient, outside the bounds, is kept where a descent step leads back inside.
 
     The plain clamp has no gradient there, so that a pixel once driven out stays out for good: the saturation of which
     the first attempts at the method died (T at its lower bound, whatever the outer loss).
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, bound: float) -> Tensor:
+    def forward(ctx: Any, h: Tensor, low: float, high: float) -> Tensor:
         ctx.save_for_backward(h)
-        ctx.bound = bound
-        return h.clamp(-bound, bound)
+        ctx.low, ctx.high = low, high
+        return h.clamp(low, high)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (h,) = ctx.saved_tensors
-        outward = ((h > ctx.bound) & (grad < 0)) | ((h < -ctx.bound) & (grad > 0))
-        return grad.masked_fill(outward, 0.0), None
+        outward = ((h > ctx.high) & (grad < 0)) | ((h < ctx.low) & (grad > 0))
+        return grad.masked_fill(outward, 0.0), None, None
 
 
-def bounded_temperature(log_ratio: Tensor, *, initial: float = 1.0, max_ratio: float = 5.0) -> Tensor:
-    """T = initial * exp(clamp(log_ratio, -log(max_ratio), log(max_ratio))).
+def bounded_temperature(
+    log_ratio: Tensor, *, initial: float = 1.0, max_ratio: float = 5.0, min_temperature: float = 0.0
+) -> Tensor:
+    """T = initial * exp(log_ratio), with the exponent clamped so that T stays within its bounds.
 
     Log-linear, so that sharpening and softening by the same factor cost the same. Inside the bounds the gradient is the
     exact one; outside it is zero where descent would lead further out and that of the unclamped function where it leads
@@ -81,12 +83,15 @@ def bounded_temperature(log_ratio: Tensor, *, initial: float = 1.0, max_ratio: f
         log_ratio: any shape, floating.
         initial: T at log_ratio = 0, exactly. > 0.
         max_ratio: T stays in [initial / max_ratio, initial * max_ratio]. > 1.
+        min_temperature: T does not fall below this either. <= initial.
 
     Example:
         >>> bounded_temperature(torch.tensor([-99.0, 0.0, 99.0]), initial=2.0, max_ratio=4.0)
         tensor([0.5000, 2.0000, 8.0000])
     """
-    clamped: Tensor = _ClampWithWayBack.apply(log_ratio, math.log(max_ratio))  # type: ignore[no-untyped-call]  # torch's gap
+    high = math.log(max_ratio)
+    low = max(-high, math.log(min_temperature / initial)) if min_temperature > 0 else -high
+    clamped: Tensor = _ClampWithWayBack.apply(log_ratio, low, high)  # type: ignore[no-untyped-call]  # torch's gap
     return initial * torch.exp(clamped)
 
 
