@@ -3,8 +3,9 @@
     python benchmarks/hosts.py --daformer PATH --hrda PATH --mic PATH --python HOST_ENVIRONMENT/bin/python
 
 Runs the host's own training on a CPU with `examples/mmseg/try_on_cpu.py` (MiT-B0, crops of 128 x 128, one thread), a fresh
-process each: the host alone, with soft labels but no meta-step, with one at every fourth and at every iteration. The checkouts
-have `configs/dacal/` from the examples' patches. Ratios are to the host alone, in the same session.
+process each: the host alone, with soft labels but no meta-step, with one at every fourth and at every iteration, with
+temperatures fitted at every iteration. The checkouts have `configs/dacal/` from the examples' patches. Ratios are to the host
+alone, in the same session.
 """
 
 import argparse
@@ -22,9 +23,10 @@ from typing import Any, Dict, List
 ROOT = Path(__file__).parent.parent
 VARIANTS = {
     "host alone": ["uda.type=DACS"],
-    "soft labels, no meta-step": ["uda.dacal.every=0"],
-    "a meta-step at every 4th iteration": ["uda.dacal.every=4"],
-    "a meta-step at every iteration": ["uda.dacal.every=1"],
+    "soft labels, no meta-step": ["uda.dacal.learn=bilevel", "uda.dacal.every=0"],
+    "a meta-step at every 4th iteration": ["uda.dacal.learn=bilevel", "uda.dacal.every=4"],
+    "a meta-step at every iteration": ["uda.dacal.learn=bilevel", "uda.dacal.every=1"],
+    "fitted at every iteration": ["uda.dacal.learn=fit", "uda.dacal.every=1"],
 }
 WARMUP = 4  # iterations before the first that is timed
 

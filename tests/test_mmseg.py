@@ -97,23 +97,26 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("every", [0, 1])
-def test_with_hard_labels_every_number_is_the_hosts(host, kind, every):
-    # With every=1 the temperatures learn beside it: the meta-step leaves nothing behind, in the student or in random states.
+@pytest.mark.parametrize(("learn", "every"), [("fit", 0), ("fit", 1), ("bilevel", 1)])
+def test_with_hard_labels_every_number_is_the_hosts(host, kind, learn, every):
+    # With every=1 the temperatures learn beside it, and leave nothing behind in the networks or in random states.
     plain, optimizer = made(host, "DACS", **KINDS[kind])
     expected = train(plain, optimizer), state(plain), random_states()
-    ours, optimizer = made(host, dacal={"labels": "hard", "every": every}, **KINDS[kind])
+    ours, optimizer = made(host, dacal={"labels": "hard", "learn": learn, "every": every}, **KINDS[kind])
     logs = train(ours, optimizer)
     own = [{name: value for name, value in log.items() if not name.startswith("dacal.")} for log in logs]
     assert own == expected[0]
     assert same(state(ours), expected[1])
     assert random_states() == expected[2]
-    assert all(math.isfinite(log["dacal.outer_loss"]) for log in logs) if every else own == logs
+    learned = {"fit": "dacal.fit_loss", "bilevel": "dacal.outer_loss"}
+    assert all([name for name in learned.values() if name in log] == [learned[learn]] for log in logs) if every else own == logs
+    assert all(math.isfinite(log[learned[learn]]) for log in logs if every)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_soft_labels_reach_the_student_in_the_mixed_and_the_masked_pass(host, kind):
-    ours, optimizer = made(host, dacal={"every": 0}, **KINDS[kind])
+@pytest.mark.parametrize("learn", ["fit", "bilevel"])
+def test_soft_labels_reach_the_student_in_the_mixed_and_the_masked_pass(host, kind, learn):
+    ours, optimizer = made(host, dacal={"learn": learn, "every": 0}, **KINDS[kind])
     heard = listen(ours)
     (log,) = train(ours, optimizer, 1)
     plain, optimizer = made(host, "DACS", **KINDS[kind])
@@ -140,6 +143,134 @@ def test_soft_labels_reach_the_student_in_the_mixed_and_the_masked_pass(host, ki
     else:
         soft = q
     assert log["masked.decode.loss_seg"] == pytest.approx(share * soft_loss(masked, 0, soft), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["daformer", "hrda", "mic, target", "mic, both", "mic, own teacher"])
+@pytest.mark.parametrize("learn", ["fit", "bilevel"])
+def test_fitted_confidence_weights_the_target_pixels_of_the_mixed_pass_alone(host, kind, learn):
+    every = 1 if learn == "fit" else 0  # the meta-step's passes would be heard, too
+    ours, optimizer = made(host, dacal={"learn": learn, "every": every}, **KINDS[kind])
+    heard = listen(ours)
+    valid = torch.ones(2, 1, 16, 16)
+    valid[:, :, :, :3] = 0
+    train(ours, optimizer, 1, valid_pseudo_mask=valid)
+    usable = valid[:, 0].double()
+    usable[:, :1] = 0
+    confidence = torch.softmax(heard["teacher"][0].double(), 1).amax(1)
+    ratio = (confidence >= 0.3).double().mean()
+    hosts = ratio * usable
+    squares = confidence.square()
+    expected = {"fit": ratio * squares / squares.mean() * usable, "bilevel": hosts}[learn]
+    mixed = heard["passes"][1]
+    weight = torch.where(heard["masks"][0][:, 0], torch.ones(()).double(), expected)
+    assert torch.allclose(mixed["weights"][0], weight, atol=1e-6)
+    assert (mixed["weights"][0] == 0).any()
+    if "kind" in KINDS[kind]:
+        assert torch.allclose(mixed["weights"][1], window(weight, mixed["box"]), atol=1e-6)
+    if "mask_mode" not in KINDS[kind]:
+        return
+    if kind == "mic, both":
+        hosts = torch.stack([torch.ones_like(hosts[0]), hosts[0]])
+    elif kind == "mic, own teacher":
+        own = torch.softmax(heard["own_teacher"][0].double(), 1).amax(1)
+        hosts = (own >= 0.3).double().mean().expand_as(own)  # of all pixels: the stand-in's own teacher knows no margins
+    assert torch.allclose(heard["passes"][2]["weights"][0], hosts, atol=1e-6)
+
+
+def test_with_hard_labels_the_weights_are_the_hosts(host):
+    ours, optimizer = made(host, dacal={"labels": "hard"})
+    heard = listen(ours)
+    train(ours, optimizer, 1)
+    assert len(heard["passes"][1]["weights"][0][:, 1:].unique()) == 2  # 1 and the ratio
+
+
+@pytest.mark.parametrize("kind", ["daformer", "hrda", "mic, own teacher"])
+def test_the_fit_is_a_step_on_blends_of_the_target_as_the_teacher_sees_them(host, kind):
+    ours, optimizer = made(host, dacal={}, **KINDS[kind])
+    valid = torch.ones(3, 1, 16, 16)
+    valid[:, :, :, :3] = 0
+    train(ours, optimizer, 1, images=3, valid_pseudo_mask=valid)
+    net = copy.deepcopy(ours._dacal.net)
+    adam = torch.optim.Adam(net.parameters())
+    adam.load_state_dict(copy.deepcopy(ours._dacal.optimizer.state_dict()))
+    adam.param_groups[0]["lr"] = 2e-3
+    heard = listen(ours)
+    (log,) = train(ours, optimizer, 1, first=1, images=3, valid_pseudo_mask=valid)
+    g = torch.Generator().manual_seed(0)
+    _, shift = (int(torch.randint(1, 3, (1,), generator=g)) for _ in range(2))
+    pseudo = heard["teacher"][0].argmax(1)
+    pseudo[:, :1] = 255
+    pseudo[:, :, :3] = 255
+    label = torch.where(pseudo == pseudo.roll(shift, 0), torch.full_like(pseudo, 255), pseudo)
+    assert (label != 255).sum() > 20
+    image = batch(1, images=3)["target_img"]
+    with torch.no_grad():
+        z = ours.ema_model.encode_decode(0.65 * image + 0.35 * image.roll(shift, 0), META)
+    loss = F.cross_entropy(z / net(z), label, ignore_index=255)
+    adam.zero_grad()
+    loss.backward()
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    adam.step()
+    assert log["dacal.fit_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for own, expected, start in zip(ours._dacal.net.parameters(), net.parameters(), before):
+        assert torch.allclose(own, expected, atol=1e-6)
+        assert not torch.allclose(own, start, atol=1e-4)
+        assert own.grad is None
+
+
+def test_the_fits_own_pass_is_not_heard_and_leaves_nothing_behind(host, monkeypatch):
+    integration = sys.modules["dacal_addon.integrations.mmseg"]
+    noted, lists, found = integration._noted, [], {}
+    # The integration's own lists of what it has heard: of the teacher, then of the masks, at each iteration.
+    monkeypatch.setattr(integration, "_noted", lambda heard, **options: noted(note_result(lists, heard), **options))
+
+    def disturb(module, *_):
+        module.calls = getattr(module, "calls", 0) + 1
+        module.draws = torch.rand(1).item(), np.random.rand(), random.random()
+
+    for name, dacal in (("DACS", None), ("DACalDACS", {"labels": "hard"})):
+        model, optimizer = made(host, name, dacal=dacal, kind="hrda")
+        model.ema_model.backbone.register_forward_hook(disturb)
+        head, pictures = model.ema_model.decode_head, []
+        head.debug = True
+        head.register_forward_hook(lambda module, *_, pictures=pictures: pictures.append(module.debug))
+        train(model, optimizer, 3)
+        backbone = model.ema_model.backbone
+        modes = [module.training for module in model.ema_model.modules()]
+        found[name] = random_states(), backbone.calls, backbone.draws, modes, head.debug, sum(pictures)
+        found[name + " state"] = state(model)
+    assert found["DACalDACS"] == found["DACS"]
+    assert len(pictures) == 2 * sum(pictures) == 6  # the fit ran
+    assert same(found["DACalDACS state"], found["DACS state"])
+    assert [len(heard) for heard in lists[::2]] == [1, 1, 1]
+
+
+def test_a_single_target_image_is_refused_where_it_would_be_blended(host):
+    message = (
+        r"DACalDACS: expected batches of at least 2 target images to blend, got 1; "
+        r"use data\.samples_per_gpu >= 2 or uda\.dacal\.learn='bilevel'"
+    )
+    for dacal in ({}, {"labels": "hard"}, {"warmup_iters": 5}):
+        ours, optimizer = made(host, dacal=dacal)
+        with pytest.raises(ValueError, match=message):
+            train(ours, optimizer, 1, images=1)
+    for dacal in ({"every": 0}, {"learn": "bilevel"}):
+        ours, optimizer = made(host, dacal=dacal)
+        train(ours, optimizer, 1, images=1)
+
+
+def test_without_two_labels_that_differ_nothing_is_fitted(host, caplog):
+    ours, optimizer = made(host, dacal={})
+    train(ours, optimizer, 1)
+    before = copy.deepcopy(ours._dacal.net.state_dict())
+    with torch.no_grad():
+        ours.ema_model.decode_head.conv_seg.bias[0] += 1000.0  # also with what the EMA leaves of it
+    with caplog.at_level("INFO", logger="mmseg"):
+        (log,) = train(ours, optimizer, 1, first=1)
+    assert log["dacal.skipped_unjudged"] == 1.0
+    assert "dacal.fit_loss" not in log
+    assert same(ours._dacal.net.state_dict(), before)
+    assert caplog.records[0].getMessage().startswith("dacal: no fit (no pixel is judged: ")
 
 
 def listen(model):
@@ -205,7 +336,7 @@ def test_the_virtual_step_descends_the_hosts_own_mixed_loss(host, kind, engine, 
     hypergradient = integration.hypergradient
     monkeypatch.setattr(integration, "hypergradient", lambda *a, **k: note_result(results, hypergradient(*a, **k)))
     loss = {"class_weight": [1.0, 2.0, 0.5, 1.5], "loss_weight": 0.7}
-    ours, optimizer = made(host, dacal={"meta_lr": 0.0, "engine": engine}, loss=loss, **KINDS[kind])
+    ours, optimizer = made(host, dacal={"learn": "bilevel", "meta_lr": 0.0, "engine": engine}, loss=loss, **KINDS[kind])
     logs = train(ours, optimizer, 2)
     for log, result in zip(logs, results):
         total = sum(value for name, value in log.items() if name.startswith("mix.") and "loss" in name)
@@ -222,7 +353,7 @@ def note_result(results, result):
 def test_the_engines_agree_on_the_temperatures(host):
     nets = {}
     for engine in ("higher", "finite_difference"):
-        ours, optimizer = made(host, dacal={"engine": engine, "meta_lr": 0.01}, kind="hrda")
+        ours, optimizer = made(host, dacal={"learn": "bilevel", "engine": engine, "meta_lr": 0.01}, kind="hrda")
         train(ours, optimizer, 3)
         nets[engine] = ours._dacal.net.last.bias.detach()
     assert nets["higher"].item() == pytest.approx(nets["finite_difference"].item(), rel=1e-2)  # ReLUs
@@ -230,7 +361,7 @@ def test_the_engines_agree_on_the_temperatures(host):
 
 
 def test_the_outer_loss_is_the_hosts_on_the_complementary_mix(host):
-    ours, optimizer = made(host, dacal={"labels": "hard", "meta_lr": 0.0})
+    ours, optimizer = made(host, dacal={"labels": "hard", "learn": "bilevel", "meta_lr": 0.0})
     for group in optimizer.param_groups:
         group.update(lr=0.0)  # the virtual step goes nowhere
     ours.model.decode_head.dropout.p = 0.0
@@ -256,13 +387,15 @@ def test_the_outer_loss_is_the_hosts_on_the_complementary_mix(host):
 def test_the_gap_can_be_part_of_the_outer_loss(host):
     losses = []
     for outer_loss in ("host", "cross_entropy_and_gap"):
-        ours, optimizer = made(host, dacal={"labels": "hard", "outer_loss": outer_loss})
+        ours, optimizer = made(host, dacal={"labels": "hard", "learn": "bilevel", "outer_loss": outer_loss})
         losses.append(train(ours, optimizer, 1)[0]["dacal.outer_loss"])
     assert losses[0] != losses[1]
 
 
-def test_a_resumed_run_goes_on_to_the_bit(host):
-    dacal = {"every": 2, "warmup_iters": 1, "meta_lr": 0.01, "restore_teacher": True, "outer_set": "target_mixup"}
+@pytest.mark.parametrize("learn", ["fit", "bilevel"])
+def test_a_resumed_run_goes_on_to_the_bit(host, learn):
+    dacal = {"learn": learn, "every": 2, "warmup_iters": 1, "meta_lr": 0.01, "restore_teacher": True}
+    dacal["outer_set"] = "target_mixup"  # it draws, as the fit does
     straight, optimizer = made(host, dacal=dacal, kind="hrda")
     train(straight, optimizer, 4, images=3)
     saved = {name: value.clone() for name, value in straight.state_dict().items()}
@@ -311,6 +444,12 @@ def test_a_checkpoint_of_another_net_is_refused_and_nothing_changed(host):
     with pytest.raises(ValueError, match=r"uda\.dacal: expected a checkpoint with .*weight of the temperature net"):
         ours.load_state_dict(wide.state_dict())
     assert same(ours._dacal.net.state_dict(), before)
+    bilevel, _ = made(host, dacal={"learn": "bilevel"})
+    for one, other in ((ours, bilevel), (bilevel, ours)):
+        before = one._dacal.net.state_dict()
+        with pytest.raises(ValueError, match=r"layers\.0\.weight of the temperature net.*resume with the learn, "):
+            one.load_state_dict(other.state_dict())
+        assert same(one._dacal.net.state_dict(), before)
     flat = ours._dacal.state_dict()
     del flat["iteration"]
     with pytest.raises(ValueError, match="expected a checkpoint with iteration, got none"):
@@ -330,33 +469,52 @@ def test_a_checkpoint_of_an_old_torch_gives_the_steps_as_this_one_counts_them(ho
         assert not isinstance(one, torch.Tensor) or one.dtype == other.dtype
 
 
-def test_the_log_says_what_was_skipped_and_why(host, caplog):
-    ours, optimizer = made(host, dacal={"warmup_iters": 2, "every": 2})
+@pytest.mark.parametrize(("learn", "step", "last"), [("fit", "fit", "unjudged"), ("bilevel", "meta-step", "zero")])
+def test_the_log_says_what_was_skipped_and_why(host, caplog, learn, step, last):
+    ours, optimizer = made(host, dacal={"learn": learn, "warmup_iters": 2, "every": 2})
     with caplog.at_level("INFO", logger="mmseg"):
         logs = train(ours, optimizer, 6)
     # Every name at every iteration: mmcv's log goes on to show the last values of a name that is gone.
-    names = {f"dacal.skipped_{why}" for why in ("warmup", "every", "not_finite", "zero")}
+    names = {f"dacal.skipped_{why}" for why in ("warmup", "every", "not_finite", last)}
     assert all(names == {name for name in log if "skipped" in name} for log in logs)
     skipped = [[name for name in names if log[name]] for log in logs]
     assert skipped == [["dacal.skipped_warmup"]] * 2 + [[], ["dacal.skipped_every"]] * 2
     assert [record.getMessage().split(" (")[0] for record in caplog.records] == [
-        "dacal: no meta-step",
-        "dacal: meta-steps begin",
+        f"dacal: no {step}",
+        f"dacal: {step}s begin",
     ]
     assert logs[0]["dacal.temperature_mean"] == 1.0
     assert logs[-1]["dacal.temperature_min"] <= logs[-1]["dacal.temperature_mean"] <= logs[-1]["dacal.temperature_max"]
 
 
-def test_a_loss_that_is_not_finite_is_skipped(host):
-    ours, optimizer = made(host, dacal={})
+@pytest.mark.parametrize("learn", ["fit", "bilevel"])
+def test_a_loss_that_is_not_finite_is_skipped(host, learn):
+    ours, optimizer = made(host, dacal={"learn": learn})
     train(ours, optimizer, 1)
     before = ours._dacal.net.last.bias.clone()
     bad = batch(1)
     bad["target_img"][:] = math.nan
     log = ours.train_step(bad, optimizer)["log_vars"]
     assert log["dacal.skipped_not_finite"] == 1.0
-    assert "dacal.outer_loss" not in log
+    assert not {"dacal.outer_loss", "dacal.fit_loss"} & set(log)
     assert torch.equal(ours._dacal.net.last.bias, before)
+
+
+def test_blends_on_which_the_teacher_overflows_are_skipped(host):
+    ours, optimizer = made(host, dacal={})
+    train(ours, optimizer, 1)
+    before, calls = copy.deepcopy(ours._dacal.net.state_dict()), []
+
+    def overflow_on_blends(module, inputs, logits):
+        calls.append(module)
+        return logits if len(calls) == 1 else logits * math.inf
+
+    ours.ema_model.decode_head.register_forward_hook(overflow_on_blends)
+    (log,) = train(ours, optimizer, 1, first=1)
+    assert len(calls) == 2
+    assert log["dacal.skipped_not_finite"] == 1.0
+    assert "dacal.fit_loss" not in log
+    assert same(ours._dacal.net.state_dict(), before)
 
 
 def test_temperature_maps_lie_beside_the_hosts_pictures_and_cost_no_run(host, tmp_path, monkeypatch, caplog):
@@ -380,7 +538,7 @@ def test_temperature_maps_lie_beside_the_hosts_pictures_and_cost_no_run(host, tm
 def test_debug_pictures_of_the_host_are_not_made_by_the_meta_step(host, engine):
     pictures = sys.modules["mmseg.models.segmentors"].pictures
     made_by = {}
-    for name, dacal in (("DACS", None), ("DACalDACS", {"engine": engine})):
+    for name, dacal in (("DACS", None), ("DACalDACS", {"learn": "bilevel", "engine": engine})):
         model, optimizer = made(host, name, dacal=dacal)
         model.model.decode_head.debug = True
         pictures.clear()
@@ -390,8 +548,9 @@ def test_debug_pictures_of_the_host_are_not_made_by_the_meta_step(host, engine):
     assert made_by["DACalDACS"] == made_by["DACS"] == 4
 
 
-def test_nothing_is_left_on_the_host_also_after_an_error(host):
-    ours, optimizer = made(host, dacal={}, mask_mode="separatetrg", own_teacher=True)
+@pytest.mark.parametrize("learn", ["fit", "bilevel"])
+def test_nothing_is_left_on_the_host_also_after_an_error(host, learn):
+    ours, optimizer = made(host, dacal={"learn": learn}, mask_mode="separatetrg", own_teacher=True)
     module = sys.modules["mmseg.models.uda.dacs"]
     before = module.get_class_masks, module.cross_entropy if hasattr(module, "cross_entropy") else None
     bad = batch(0)
@@ -435,15 +594,20 @@ def test_what_upstream_does_not_support_is_refused(host, monkeypatch):
         patch.setattr(torch.distributed, "get_world_size", lambda: 4)
         with pytest.raises(RuntimeError, match="expected one process, got 4 processes"):
             train(ours, optimizer, 1)
-    with pytest.raises((ValueError, TypeError), match="hypergradient"):
-        train(ours, torch.optim.LBFGS(ours.model.parameters()), 1)
+    bilevel, _ = made(host, dacal={"learn": "bilevel", "warmup_iters": 5})
+    for kind in (torch.optim.LBFGS, torch.optim.Rprop):
+        with pytest.raises((ValueError, TypeError), match="hypergradient"):
+            train(bilevel, kind(bilevel.model.parameters()), 1)
+    # The fit takes no virtual step, so that any optimizer will do.
+    train(ours, torch.optim.Rprop(ours.model.parameters()), 1)
 
 
 @pytest.mark.parametrize(
     ("config", "error", "message"),
     [
-        ({"lables": "soft"}, ValueError, r"uda\.dacal: expected keys among labels, every, .*, got 'lables'; mend or remove it"),
+        ({"lables": "soft"}, ValueError, r"uda\.dacal: expected keys among labels, learn, .*, got 'lables'; mend or remove it"),
         ({"labels": "calibrated"}, ValueError, "labels to be one of 'soft', 'hard'"),
+        ({"learn": "fitted"}, ValueError, "learn to be one of 'fit', 'bilevel'"),
         ({"engine": "unroll"}, ValueError, "engine to be one of"),
         ({"outer_set": "all"}, ValueError, "outer_set to be one of"),
         ({"outer_loss": "brier"}, ValueError, "outer_loss to be one of"),
@@ -466,7 +630,13 @@ def test_the_defaults_suit_the_hosts_runs():
     assert parse({}) == Options()
     assert not Options().off
     assert Options(every=0).off is False
-    assert Options().warmup_iters < 40_000 / 10
+    fit, bilevel = parse({"learn": "fit"}), parse({"learn": "bilevel", "meta_lr": None, "warmup_iters": None})
+    assert fit == Options()
+    assert (fit.warmup, fit.learning_rate) == (0, 2e-3)
+    assert (bilevel.warmup, bilevel.learning_rate) == (3000, 3e-4)
+    assert bilevel.warmup < 40_000 / 10
+    own = parse({"learn": "bilevel", "meta_lr": 0.0, "warmup_iters": 0})
+    assert (own.warmup, own.learning_rate) == (0, 0.0)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -93,9 +93,10 @@ def upstream(host, data, tmp_path_factory):
     return run(host, data, tmp_path_factory.mktemp("alone"), "uda.type=DACS")
 
 
-@pytest.mark.parametrize("every", [0, 1])
-def test_with_hard_labels_every_number_is_upstreams(host, data, upstream, tmp_path, every):
-    rows, state = run(host, data, tmp_path, "uda.dacal.labels=hard", f"uda.dacal.every={every}")
+@pytest.mark.parametrize(("learn", "every"), [("fit", 0), ("fit", 1), ("bilevel", 1)])
+def test_with_hard_labels_every_number_is_upstreams(host, data, upstream, tmp_path, learn, every):
+    changes = ("uda.dacal.labels=hard", f"uda.dacal.learn={learn}", f"uda.dacal.every={every}")
+    rows, state = run(host, data, tmp_path, *changes)
     assert repr(losses(rows)) == repr(
         [{k: v for k, v in row.items() if not k.startswith("dacal")} for row in losses(upstream[0])]
     )
@@ -103,9 +104,9 @@ def test_with_hard_labels_every_number_is_upstreams(host, data, upstream, tmp_pa
     assert bool(every) == any(name.startswith("dacal.") for name in state)
 
 
-@pytest.mark.parametrize("config", ["gta2cs", "synthia2cs", "cs2acdc"])
-def test_it_trains(host, data, upstream, tmp_path, config):
-    rows, state = run(host, data, tmp_path, config=config, iters=5)
+@pytest.mark.parametrize(("config", "learn"), [("gta2cs", "fit"), ("synthia2cs", "bilevel"), ("cs2acdc", "fit")])
+def test_it_trains(host, data, upstream, tmp_path, config, learn):
+    rows, state = run(host, data, tmp_path, f"uda.dacal.learn={learn}", config=config, iters=5)
     assert len(rows) == 5
     for row in rows:
         values = {name: value for name, value in row.items() if "loss_seg" in name or name.startswith("dacal.")}
@@ -113,7 +114,8 @@ def test_it_trains(host, data, upstream, tmp_path, config):
         assert all(math.isfinite(value) for value in values.values())
         assert row["dacal.temperature_min"] <= row["dacal.temperature_mean"] <= row["dacal.temperature_max"]
     assert [row["dacal.skipped_warmup"] for row in rows] == [1.0, 1.0, 0.0, 0.0, 0.0]
-    assert [("dacal.outer_loss" in row) for row in rows] == [False, False, True, True, True]
+    loss = {"fit": "dacal.fit_loss", "bilevel": "dacal.outer_loss"}[learn]
+    assert [(loss in row) for row in rows] == [False, False, True, True, True]
     assert state["dacal.temperature_net.last.weight"].abs().max() > 0
     assert int(state["dacal.iteration"]) == 5
     assert list(tmp_path.glob("*debug/000001_temperature.png"))
@@ -125,7 +127,7 @@ def test_it_trains(host, data, upstream, tmp_path, config):
 def test_the_engines_agree(host, data, tmp_path):
     found = {}
     for engine in ("higher", "finite_difference"):
-        rows, _ = run(host, data, tmp_path / engine, f"uda.dacal.engine={engine}", iters=3)
+        rows, _ = run(host, data, tmp_path / engine, "uda.dacal.learn=bilevel", f"uda.dacal.engine={engine}", iters=3)
         found[engine] = rows[-1]["dacal.outer_loss"], rows[-1]["dacal.hypergradient_log10"]
     assert found["higher"] == pytest.approx(found["finite_difference"], rel=1e-3)
 

@@ -1,4 +1,4 @@
-"""The state of the meta-step as plain tensors under flat names, as a host's checkpoint wants them."""
+"""The state of what learns the temperatures as plain tensors under flat names, as a host's checkpoint wants them."""
 
 from typing import Any, Dict, Mapping, Union
 
@@ -35,7 +35,7 @@ def restore(flat: Mapping[str, Tensor], net: nn.Module, optimizer: torch.optim.O
                 "uda.dacal",
                 expected=f"a checkpoint with {name} of the temperature net, {tuple(own[name].shape)}",
                 got="none" if value is None else f"{tuple(value.shape)}",
-                remedy="resume with the hidden_channels and the classes that it was written with",
+                remedy="resume with the learn, the hidden_channels and the classes that it was written with",
             )
     missing = [name for name in counters if name not in flat]
     if missing:

@@ -8,8 +8,9 @@ Switched on from the config alone:
 `dacal` takes what `options.Options` lists. The only file that imports the host. It was written against lhoyer/DAFormer e6f6e04,
 lhoyer/HRDA c370b5b and lhoyer/MIC 2f932a9, and relies on this order in `DACS.forward_train`: source pass of the student, the
 teacher's `encode_decode`, `get_class_masks`, the student's pass on mixed images, in MIC its pass on masked images. Each
-iteration listens to these calls (`shadows`), takes the meta-step just before the mixed pass, and has the host's heads learn
-soft labels in the mixed and the masked pass (`criterion`). Everything else is the host's own code.
+iteration listens to these calls (`shadows`), has the temperatures learn just before the mixed pass (by a fit, or by the paper's
+meta-step), and has the host's heads learn soft labels in the mixed and the masked pass (`criterion`). Everything else is the
+host's own code.
 """
 
 import logging
@@ -17,7 +18,7 @@ import math
 import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from mmseg.models import UDA
@@ -30,8 +31,10 @@ from ..engines import Student, check_supported, hypergradient
 from ..losses import CrossEntropyAndGap
 from ..mixing import mix
 from ..outer_sets import OUTER_SETS, DomainBatch
+from ..preserve import preserved
 from ..pseudo_labels import SoftPseudoLabeler, SoftPseudoLabels
 from ..temperature import MetaTemperatureNet
+from ..temperature_fit import TemperatureFit
 from . import checkpoint
 from .criterion import Teaching
 from .options import Options, parse
@@ -40,13 +43,17 @@ from .shadows import shadowed, unshadowed
 _LOGGER = logging.getLogger("mmseg")  # the host's
 _IGNORE = 255  # of mmseg's heads, and of its class masks
 _STATE = "dacal."
-# Why there was no meta-step, by how `waiting` and `descend` begin to say it.
-_SKIPPED = {
-    "warmup": ("warm-up",),
-    "every": ("every",),
-    "not_finite": ("outer loss", "hypergradient is not finite"),
-    "zero": ("hypergradient is zero",),
+# Why the temperatures did not learn, by how `waiting`, `descend` and `Iteration._fit` begin to say it.
+_WAITING = {"warmup": ("warm-up",), "every": ("every",)}
+_SKIPPED: Dict[str, Dict[str, Tuple[str, ...]]] = {
+    "fit": {**_WAITING, "not_finite": ("teacher's logits",), "unjudged": ("no pixel is judged",)},
+    "bilevel": {
+        **_WAITING,
+        "not_finite": ("outer loss", "hypergradient is not finite"),
+        "zero": ("hypergradient is zero",),
+    },
 }
+_STEP = {"fit": "fit", "bilevel": "meta-step"}
 
 
 @UDA.register_module()
@@ -57,13 +64,14 @@ class DACalDACS(DACS):  # type: ignore[misc]
         dacal: see `options.Options`. With `labels='hard', every=0` every number is upstream's, to the bit.
         cfg: what the host's `DACS` takes.
 
-    Log variables, beside the host's: `dacal.temperature_mean`, `_min`, `_max` over the target pixels of the batch;
-    `dacal.outer_loss` after the virtual step and the hypergradient's size, `dacal.hypergradient_log10`, at iterations with a
-    meta-step; `dacal.skipped_<why>`, 1 where temperatures did not learn and else 0, why: `warmup`, `every`, `not_finite` or
-    `zero` (the hypergradient).
+    Log variables, beside the host's: `dacal.temperature_mean`, `_min`, `_max` over the target pixels of the batch; at
+    iterations with a fit `dacal.fit_loss`, the negative log-likelihood of the blends before it; at those with a meta-step
+    `dacal.outer_loss` after the virtual step, and the hypergradient's size, `dacal.hypergradient_log10`; `dacal.skipped_<why>`,
+    1 where temperatures did not learn and else 0, why: `warmup`, `every`, `not_finite`, with learn='fit' `unjudged` (no two
+    pseudo-labels with a weight differ), with 'bilevel' `zero` (the hypergradient).
 
     Raises:
-        ValueError, TypeError: an unknown key or value in `dacal`, a host that it cannot calibrate.
+        ValueError, TypeError: an unknown key or value in `dacal`, a host that it cannot calibrate, one target image alone.
         RuntimeError: several processes, or half precision.
     """
 
@@ -85,7 +93,8 @@ class DACalDACS(DACS):  # type: ignore[misc]
         arguments = (img, img_metas, gt_semantic_seg, target_img, target_img_metas)
         if self._dacal is None:
             return super().forward_train(*arguments, **extra)
-        iteration = Iteration(self, self._dacal, img, gt_semantic_seg[:, 0], target_img, extra.get("valid_pseudo_mask"))
+        valid = extra.get("valid_pseudo_mask")
+        iteration = Iteration(self, self._dacal, img, gt_semantic_seg[:, 0], target_img, target_img_metas, valid)
         plotted = self.local_iter % self.debug_img_interval == 0
         with iteration.listening():
             log_vars = super().forward_train(*arguments, **extra)
@@ -125,17 +134,19 @@ class Calibration:
             remedy = "remove uda.source_only, or train with uda.type='DACS'"
             raise problem("uda.dacal", expected="a host that trains on target images", got="source_only=True", remedy=remedy)
         self.options = options
+        fitted = options.learn == "fit"
         self.net = MetaTemperatureNet(
             host.num_classes,
-            sees="logits",
+            sees="confidence" if fitted else "logits",
             hidden_channels=options.hidden_channels,
             initial_temperature=options.initial_temperature,
             max_ratio=options.max_ratio,
         )
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=options.meta_lr)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=options.learning_rate)
+        self.fit = TemperatureFit(self.net, self.optimizer, ignore_index=_IGNORE) if fitted else None
         self.labeler = SoftPseudoLabeler(
             self.net,
-            weight="ratio",
+            weight="confidence" if fitted else "ratio",
             threshold=host.pseudo_threshold,
             ignore_top=host.psweight_ignore_top,
             ignore_bottom=host.psweight_ignore_bottom,
@@ -158,9 +169,17 @@ class Calibration:
         if any(getattr(module, "fp16_enabled", False) for module in student.modules()):
             remedy = "remove fp16 from the config"
             raise problem("DACalDACS", expected="float32 training", got="fp16", remedy=remedy, error=RuntimeError)
-        if self.options.every:
+        if self.options.every and self.options.learn == "bilevel":
             check_supported(student, optimizer, engine=self.options.engine)
         self.student_optimizer = optimizer
+
+    def check_batch(self, target: Tensor) -> None:
+        """Refuse, also during the warm-up, what cannot be blended."""
+        if self.options.every and self.fit is not None and len(target) < 2:
+            remedy = "use data.samples_per_gpu >= 2 or uda.dacal.learn='bilevel'"
+            raise problem(
+                "DACalDACS", expected="batches of at least 2 target images to blend", got=f"{len(target)}", remedy=remedy
+            )
 
     def to(self, device: torch.device) -> None:
         """The hosts move their module, of which the net is no part; its optimizer's state has to follow, too."""
@@ -169,16 +188,17 @@ class Calibration:
             self.optimizer.load_state_dict(self.optimizer.state_dict())
 
     def waiting(self) -> Optional[str]:
-        """Why there is no meta-step at this iteration; None if there is one."""
+        """Why the temperatures do not learn at this iteration; None if they do."""
         if self.options.every == 0:
             return "every=0: temperatures do not learn"
-        return waiting(self.iteration, warmup=self.options.warmup_iters, every=self.options.every)
+        return waiting(self.iteration, warmup=self.options.warmup, every=self.options.every)
 
     def say(self, reason: Optional[str]) -> None:
-        """Tell the host's log why there was no meta-step, if that was for another reason than the last time."""
+        """Tell the host's log why temperatures did not learn, if that was for another reason than the last time."""
         kind = reason.split(":")[0] if reason is not None else None
         if kind != self._said and not (kind or "").startswith("every"):
-            _LOGGER.info("dacal: %s", f"no meta-step ({reason})" if reason else "meta-steps begin")
+            step = _STEP[self.options.learn]
+            _LOGGER.info("dacal: %s", f"no {step} ({reason})" if reason else f"{step}s begin")
             self._said = kind
 
     def state_dict(self) -> Dict[str, Tensor]:
@@ -201,10 +221,18 @@ class Iteration:
     """One call of the host's `forward_train`: what was heard of it, and what is done in between."""
 
     def __init__(
-        self, host: Any, calibration: Calibration, image: Tensor, label: Tensor, target: Tensor, valid: Optional[Tensor]
+        self,
+        host: Any,
+        calibration: Calibration,
+        image: Tensor,
+        label: Tensor,
+        target: Tensor,
+        target_metas: Any,
+        valid: Optional[Tensor],
     ) -> None:
+        calibration.check_batch(target)
         self.host, self.calibration = host, calibration
-        self.image, self.label, self.target = image, label, target
+        self.image, self.label, self.target, self.target_metas = image, label, target, target_metas
         self.valid = None if valid is None else valid[:, 0] > 0
         self.teaching = Teaching()
         self.logits: List[Tensor] = []
@@ -248,45 +276,88 @@ class Iteration:
             if not self.logits or not self.masks:
                 return forward_train(*arguments, **options)
             soft_label: Optional[Tensor]
+            weight = seg_weight
             if self.labels is None:
                 with unshadowed(self.host.get_model(), "forward_train"):
-                    soft_label = self._mixed(*arguments)
+                    soft_label, weight = self._mixed(*arguments)
             else:
                 soft_label = self._masked(gt_semantic_seg)
             if soft_label is None or self.calibration.options.labels == "hard":
                 return forward_train(*arguments, **options)
             hard_label = gt_semantic_seg.contiguous()  # whose windows `criterion` can tell
             with self.teaching.soft(hard_label, soft_label):
-                return forward_train(img, img_metas, hard_label, seg_weight, **options)
+                return forward_train(img, img_metas, hard_label, weight, **options)
 
         return called
 
-    def _mixed(self, image: Tensor, img_metas: Any, hard_label: Tensor, weight: Optional[Tensor]) -> Tensor:
-        """Before the pass on mixed images: learn the temperatures, and label the target. Returns the mixed soft label."""
-        logits = self.logits[0]
+    def _mixed(
+        self, image: Tensor, img_metas: Any, hard_label: Tensor, weight: Optional[Tensor]
+    ) -> Tuple[Tensor, Optional[Tensor]]:
+        """Before the pass on mixed images: learn the temperatures, and label the target.
+
+        Returns:
+            The mixed soft label, and the weights of its pixels.
+        """
         mask = torch.stack([mask[0] for mask in self.masks[0]]) > 0
         reason = self.calibration.waiting()
-        if reason is None:
-            result = self._learn(image, img_metas, hard_label.contiguous(), weight, mask)
-            reason = result.skipped
-            sizes = {"outer_loss": result.outer_loss_after, "hypergradient_log10": _log10(result.hypergradient_norm)}
-            self.log_vars.update({f"dacal.{name}": value for name, value in sizes.items() if math.isfinite(value)})
+        if reason is None and self.calibration.fit is not None:
+            reason = self._fit(self.calibration.fit)
+        elif reason is None:
+            reason = self._meta_step(image, img_metas, hard_label.contiguous(), weight, mask)
         # All of them at every iteration: mmcv goes on to report the last values of what is not there any more.
-        for why, starts in _SKIPPED.items():
+        for why, starts in _SKIPPED[self.calibration.options.learn].items():
             self.log_vars[f"dacal.skipped_{why}"] = float(reason is not None and reason.startswith(starts))
         self.calibration.say(reason)
         self.calibration.iteration += 1
         with torch.no_grad():
-            self.labels = self.calibration.labeler(logits, valid=self.valid)
+            self.labels = self.calibration.labeler(self.logits[0], valid=self.valid)
             temperature = self.labels.temperature
             for name, value in (("mean", temperature.mean()), ("min", temperature.min()), ("max", temperature.max())):
                 self.log_vars[f"dacal.temperature_{name}"] = float(value)
-            return mix(mask, self.label, self.labels.soft_label, ignore_index=_IGNORE)
+            if self.calibration.fit is not None:
+                assert weight is not None  # the hosts weight the mixed images
+                weight = mix(mask, weight, self.labels.weight)
+            return mix(mask, self.label, self.labels.soft_label, ignore_index=_IGNORE), weight
 
-    def _learn(
+    def _fit(self, fit: TemperatureFit) -> Optional[str]:
+        """A step of the temperatures on blends of the target images, labelled by the host's teacher.
+
+        Returns:
+            Why there was none; None if there was one.
+        """
+        teacher = self.host.get_ema_model()
+        with torch.no_grad():
+            labels = self.calibration.labeler(self.logits[0], valid=self.valid)
+        pseudo_label = labels.pseudo_label.masked_fill(labels.weight == 0, _IGNORE)
+
+        def on_blends(image: Tensor) -> Tensor:
+            return _finite(teacher.encode_decode(image, self.target_metas))
+
+        # A pass that the host does not make: nothing listens to it, and it leaves nothing behind.
+        with unshadowed(teacher, "encode_decode"), _without_pictures(teacher), preserved(teacher):
+            try:
+                _finite(self.logits[0])
+                loss = fit(on_blends, self.target, pseudo_label, generator=self.calibration.generator)
+            except _NotFinite:
+                return "teacher's logits are not finite"
+        if math.isnan(loss):
+            return "no pixel is judged: the pseudo-labels that have a weight are all the same"
+        self.log_vars["dacal.fit_loss"] = loss
+        return None
+
+    def _meta_step(
+        self, image: Tensor, img_metas: Any, hard_label: Tensor, weight: Optional[Tensor], mask: Tensor
+    ) -> Optional[str]:
+        """The paper's meta-step; returns why the temperatures did not learn, None if they did."""
+        result = self._descend(image, img_metas, hard_label, weight, mask)
+        sizes = {"outer_loss": result.outer_loss_after, "hypergradient_log10": _log10(result.hypergradient_norm)}
+        self.log_vars.update({f"dacal.{name}": value for name, value in sizes.items() if math.isfinite(value)})
+        return result.skipped
+
+    def _descend(
         self, image: Tensor, img_metas: Any, hard_label: Tensor, weight: Optional[Tensor], mask: Tensor
     ) -> CalibrationStepResult:
-        """The meta-step: the virtual step is one on the host's mixed images, judged by its own heads and losses."""
+        """The virtual step is one on the host's mixed images, judged by its own heads and losses."""
         calibration, student, teaching = self.calibration, self.host.get_model(), self.teaching
         meta = list(calibration.net.parameters())
         with torch.no_grad():
@@ -390,13 +461,23 @@ def _noted(heard: List[Any], *, detach: bool = True) -> Callable[[Callable[..., 
 
 
 @contextmanager
-def _without_pictures(student: nn.Module) -> Iterator[None]:
-    """Inside, the student makes no debug images, which a pass of the meta-step has no use for."""
+def _without_pictures(network: nn.Module) -> Iterator[None]:
+    """Inside, the network makes no debug images, which a pass that the host does not make has no use for."""
     with ExitStack() as stack:
-        for module in student.modules():
+        for module in network.modules():
             if vars(module).get("debug"):
                 stack.enter_context(shadowed(module, "debug", lambda debug: False))
         yield
+
+
+class _NotFinite(Exception):
+    """Logits from which nothing can be learned; a step on them would spoil the temperature net for good."""
+
+
+def _finite(logits: Tensor) -> Tensor:
+    if not bool(torch.isfinite(logits).all()):
+        raise _NotFinite
+    return logits
 
 
 def _total(losses: Dict[str, Any]) -> Tensor:
