@@ -1,7 +1,8 @@
 """A whole self-training loop in plain PyTorch, with DA-Cal wrapped around it.
 
-    python examples/plain_loop.py                   # about a minute on two cores
-    python examples/plain_loop.py --labels hard     # the same loop without DA-Cal
+    python examples/plain_loop.py                            # half a minute on two cores
+    python examples/plain_loop.py --labels dacal-bilevel     # temperatures by the paper's meta-step; about a minute
+    python examples/plain_loop.py --labels hard              # the same loop without DA-Cal
 
 It shows how to wrap a loop; how much that helps is what `dacal demo` and `benchmarks/` are for. Everything between the marks
 is what DA-Cal adds to a loop that was there before. The data are small procedural pictures: discs on a background, bright on
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, soft_cross_entropy
+from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, TemperatureFit, soft_cross_entropy
 from dacal_addon.engines import ENGINES
 from dacal_addon.metrics import CalibrationStats
 from dacal_addon.mixing import class_mask, mix
@@ -47,9 +48,9 @@ def network() -> nn.Sequential:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--labels", choices=("dacal", "hard"), default="dacal", help="how target images are labelled")
-    parser.add_argument("--engine", choices=ENGINES, default="higher", help="how the hypergradient is computed")
-    parser.add_argument("--iters", type=int, default=400, help="iterations, of which the first quarter is the warm-up")
+    parser.add_argument("--labels", choices=("dacal", "dacal-bilevel", "hard"), default="dacal", help="of target images")
+    parser.add_argument("--engine", choices=ENGINES, default="higher", help="of the meta-step")
+    parser.add_argument("--iters", type=int, default=400, help="the meta-step waits for a quarter of them")
     parser.add_argument("--batch", type=int, default=8, help="images of each domain")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -63,7 +64,8 @@ def main() -> None:
     # DA-Cal: what to set up once
     temperature_net = MetaTemperatureNet(CLASSES)
     labeler = SoftPseudoLabeler(temperature_net, threshold=0.8)  # 0.968 is for students that train for 40,000 iterations
-    calibrate = BilevelCalibrationStep(
+    fit = TemperatureFit(temperature_net, torch.optim.Adam(temperature_net.parameters(), lr=2e-3))
+    calibrate = BilevelCalibrationStep(  # instead of `fit`, for `dacal-bilevel`
         student,
         labeler,
         optimizer=optimizer,
@@ -83,6 +85,10 @@ def main() -> None:
 
         # DA-Cal: what to call at every iteration
         if options.labels == "dacal":
+            loss = fit(teacher, target_image, teacher_logits.argmax(1), generator=generator)
+            if iteration % print_every == 0:
+                print(f"iteration {iteration}: {loss:.3f} nats on blends of target images")
+        elif options.labels == "dacal-bilevel":
             result = calibrate(source_image, source_label, target_image, teacher_logits, mask=mask)
             if iteration % print_every == 0:
                 done = (
@@ -94,17 +100,16 @@ def main() -> None:
 
         with torch.no_grad():
             labels = labeler(teacher_logits)
-        target_label = labels.soft_label if options.labels == "dacal" else labels.pseudo_label
+        target_label = labels.pseudo_label if options.labels == "hard" else labels.soft_label
         mixed_label = mix(mask, source_label, target_label)
         mixed_logits = student(mix(mask, source_image, target_image))
         weight = mix(mask, torch.ones_like(labels.weight), labels.weight)
-        if options.labels == "dacal":
-            mixed_loss = soft_cross_entropy(mixed_logits, mixed_label, weight)
-        else:
+        if options.labels == "hard":
             mixed_loss = (F.cross_entropy(mixed_logits, mixed_label, reduction="none") * weight).mean()
-        loss = F.cross_entropy(student(source_image), source_label) + mixed_loss
+        else:
+            mixed_loss = soft_cross_entropy(mixed_logits, mixed_label, weight)
         optimizer.zero_grad()
-        loss.backward()
+        (F.cross_entropy(student(source_image), source_label) + mixed_loss).backward()
         optimizer.step()
 
         with torch.no_grad():

@@ -90,7 +90,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_readmes_code_runs_and_the_loop_is_twenty_lines(tmp_path, monkeypatch):
-    measured, block, shorter = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    measured, block, bilevel, shorter = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     lines = [line for line in block.splitlines() if line.strip() and not line.strip().startswith("#")]
     assert len([line for line in lines if not line.startswith("from ")]) <= 20
     setting = """
@@ -105,8 +105,17 @@ update_teacher = lambda teacher, student: updates.append(1)
 """
     scope = {}
     before = dacal_addon.MetaTemperatureNet(19).last.weight
-    exec(setting + block.replace("warmup=1000", "warmup=1"), scope)
+    exec(setting + block, scope)
     assert len(scope["updates"]) == 3
+    assert not (scope["temperature_net"].last.weight == before).all()
+    before = scope["temperature_net"].last.weight.detach().clone()
+    (fitted,) = [line for line in block.splitlines() if line.strip().startswith("fit(")]
+    set_up, call = bilevel.strip().rsplit("\n", 1)
+    inside = fitted[: -len(fitted.lstrip())] + call
+    exec(set_up.replace("warmup=1000", "warmup=1"), scope)
+    exec(block[block.index("for ") :].replace(fitted, inside), scope)
+    assert len(scope["updates"]) == 6
+    assert scope["calibrate"].iteration == 3
     assert not (scope["temperature_net"].last.weight == before).all()
     before = scope["temperature_net"].last.weight.detach().clone()
     exec(shorter.replace("every=4", "every=4, warmup=0"), scope)
@@ -115,7 +124,7 @@ update_teacher = lambda teacher, student: updates.append(1)
     exec(measured, scope)
     assert scope["stats"].images == 6
     assert (tmp_path / "reliability.png").stat().st_size > 10_000
-    assert len(scope["updates"]) == 6
+    assert len(scope["updates"]) == 9
     assert not (scope["temperature_net"].last.weight == before).all()
 
 
@@ -129,12 +138,13 @@ def test_every_make_target_and_file_that_the_readme_names_exists():
         assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("labels", ["dacal", "hard"])
+@pytest.mark.parametrize("labels", ["dacal", "dacal-bilevel", "hard"])
 def test_the_plain_loop_runs(labels):
     output = python("examples/plain_loop.py", "--iters", "80", "--batch", "2", "--labels", labels)
     assert re.search(r"target mIoU \d+\.\d %\ntarget ECE +\d+\.\d\d %", output)
-    assert ("iteration 0: warm-up: iteration 1 of 20\n" in output) == (labels == "dacal")
-    assert ("iteration 70: T " in output) == (labels == "dacal")
+    assert ("iteration 0: warm-up: iteration 1 of 20\n" in output) == (labels == "dacal-bilevel")
+    assert ("iteration 70: T " in output) == (labels == "dacal-bilevel")
+    assert bool(re.search(r"iteration 70: \d\.\d{3} nats", output)) == (labels == "dacal")
 
 
 def test_the_lightning_loop_runs_and_resumes(tmp_path):
