@@ -312,7 +312,7 @@ _TARGET_TEXTURE = np.array([0.16, 0.22, 0.24, 0.16, 0.10, 0.10, 0.40, 0.08, 0.20
 def target_look(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """A dashboard camera's look: dull, textured, unevenly lit, soft, noisy. Returns (3, HEIGHT, WIDTH) float32 in 0..1."""
     shape = scene.label.shape
-    # How far a class drifts differs from picture to picture, as weather and materials do. In an eighth of them it drifts the
+    # How far a class drifts differs from picture to picture, as weather and materials do. In a fifth of them it drifts the
     # whole way, so that a network which goes by colour is surely wrong there; only the surroundings tell otherwise.
     classes = (len(CLASS_NAMES), 1)
     drift = np.where(rng.random(classes) < 1 / 5, rng.uniform(0.9, 1.1, classes), rng.uniform(0.0, 0.4, classes))
