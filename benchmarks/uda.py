@@ -1,0 +1,248 @@
+"""Does it calibrate? Methods x data sets x seeds on the embedded benchmarks, with everything else equal.
+
+    python benchmarks/uda.py                 # the table: under two hours on two cores
+    python benchmarks/uda.py --ablation      # the search for DA-Cal's configuration, on `streets`
+    python benchmarks/uda.py --quick --out /tmp/uda   # a minute or two: does it run?
+    python benchmarks/uda.py --device cuda --width 4 --iterations 4000 --batch 16 --crop 128 --out large
+
+Every method starts from the same network and sees the same images, augmentations and masks, so that differences within a
+seed are paired. Writes uda.json (a list of runs, each appended as soon as it is finished: the same command continues after
+an interruption), uda.md and the figures; `--report` only writes the latter two again.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import torch
+from post_hoc import CALIBRATIONS, Material, temperatures
+from torch import Tensor
+from uda_ablation import ABLATION
+from uda_methods import METHODS, Method
+from uda_report import write_report
+
+from dacal_addon import demo
+from dacal_addon.demo.datasets import NAMES, Dataset, load_dataset
+from dacal_addon.demo.network import SmallUNet
+from dacal_addon.demo.self_training import RECIPES, Recipe, Start, predict, score, temperature_of, train, train_start
+from dacal_addon.metrics import reliability
+
+
+class Cell(NamedTuple):
+    """What the methods of one data set and seed share."""
+
+    dataset: str
+    seed: int
+    recipe: Recipe
+    train_images: Optional[int]
+    test_images: int
+    device: str
+    cache: str
+
+
+class Job(NamedTuple):
+    """One training run, and the post-hoc calibrations of its student."""
+
+    cell: Cell
+    method: str
+
+
+def method_of(name: str) -> Method:
+    return METHODS[name] if name in METHODS else ABLATION[name]
+
+
+def shared(cell: Cell) -> Tuple[Dataset, Start]:
+    """The images and the common start, from the cache where they are there, made by the same code."""
+    digest = hashlib.sha1(repr((*cell[:5], torch.__version__)).encode())
+    for source in sorted(Path(demo.__path__[0]).glob("*.py")):
+        digest.update(source.read_bytes())
+    path = Path(cell.cache) / f"{cell.dataset}-{cell.seed}-{digest.hexdigest()[:12]}.pt"
+    if not path.exists():
+        dataset = load_dataset(cell.dataset, seed=cell.seed, train_images=cell.train_images, test_images=cell.test_images)
+        start = train_start(dataset, cell.recipe, seed=cell.seed, device=torch.device(cell.device))
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        torch.save((dataset, start), unfinished)
+        unfinished.replace(path)
+    dataset, start = torch.load(path, map_location="cpu", weights_only=False)
+    start.student.to(cell.device)
+    return dataset, start
+
+
+def prepare(cell: Cell) -> None:
+    shared(cell)
+
+
+def run(job: Job) -> List[Dict[str, Any]]:
+    """Train, evaluate student and teacher, calibrate the student post hoc: the runs for uda.json."""
+    cell, method = job.cell, method_of(job.method)
+    device = torch.device(cell.device)
+    dataset, start = shared(cell)
+    trained = train(method.make, start, dataset, cell.recipe, seed=cell.seed, device=device)
+    image, label = dataset.target_test
+    rows = []
+
+    def add(name: str, model: str, logits: Tensor, temperature: Optional[Tensor], seconds: float) -> None:
+        bins = reliability(logits, label, input="logits")
+        confidence = torch.softmax(logits, 1).amax(1)
+        right = logits.argmax(1) == label
+        rows.append(
+            {
+                "dataset": cell.dataset,
+                "method": name,
+                "seed": cell.seed,
+                "model": model,
+                **{figure: round(value, 6) for figure, value in score(logits, label)._asdict().items()},
+                "temperature_auroc": None if temperature is None else round(auroc(temperature[:, 0], ~right), 4),
+                "confidence_auroc": round(auroc(-confidence, ~right), 4),
+                "temperature_mean": None if temperature is None else round(float(temperature.mean()), 4),
+                "seconds": round(seconds, 1),
+                "iterations": cell.recipe.iterations,
+                "bins": [
+                    [int(n), round(float(c), 4), round(float(a), 4)] if n else [0, 0.0, 0.0]
+                    for n, c, a in zip(bins.pixels, bins.confidence, bins.accuracy)
+                ],
+            }
+        )
+
+    models: Dict[str, SmallUNet] = {"student": trained.student, "teacher": trained.teacher}
+    for model, network in models.items():
+        logits = predict(network, image, device=device)
+        add(job.method, model, logits, temperature_of(trained.teaching, network, image, device=device), trained.seconds)
+    if method.post_hoc:
+        logits = predict(trained.student, image, device=device)
+        for name, (_, calibration) in CALIBRATIONS.items():
+            begun = time.perf_counter()
+            found = calibration(Material(trained.student, dataset, torch.Generator().manual_seed(cell.seed), device))
+            seconds = time.perf_counter() - begun
+            temperature = temperatures(found, logits, image, device=device)
+            varies = None if isinstance(found, float) else temperature
+            add(f"{job.method}+{name}", "student", logits / temperature, varies, seconds)
+            rows[-1]["temperature_mean"] = round(float(temperature.mean()), 4)
+    return rows
+
+
+def auroc(value: Tensor, positive: Tensor) -> float:
+    """The chance that a positive pixel has a larger value than a negative one, ties counted half; 0.5 without either.
+
+    Example:
+        >>> auroc(torch.tensor([1.0, 2.0, 2.0, 3.0]), torch.tensor([False, False, True, True]))
+        0.875
+    """
+    value, positive = value.flatten().double(), positive.flatten()
+    _, inverse, count = torch.unique(value, return_inverse=True, return_counts=True)
+    rank = (count.cumsum(0).double() - (count.double() - 1) / 2)[inverse]
+    n = int(positive.sum())
+    pairs = n * (len(value) - n)
+    return float((rank[positive].sum() - n * (n + 1) / 2) / pairs) if pairs else 0.5
+
+
+def start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+
+
+class Results:
+    """uda.json: one run a line."""
+
+    def __init__(self, path: Path, settings: Dict[str, Any]) -> None:
+        self.path = path
+        self.rows: List[Dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+        beside = path.with_name("uda_settings.json")
+        if self.rows and json.loads(beside.read_text()) != settings:
+            raise SystemExit(
+                f"uda.py: expected the settings of the runs in {path}, {json.loads(beside.read_text())}, got {settings}; "
+                "choose another --out"
+            )
+        beside.write_text(json.dumps(settings, indent=2) + "\n")
+
+    def has(self, job: Job) -> bool:
+        wanted = (job.cell.dataset, job.cell.seed, job.method)
+        return any((row["dataset"], row["seed"], row["method"]) == wanted for row in self.rows)
+
+    def add(self, rows: List[Dict[str, Any]]) -> None:
+        self.rows += rows
+        unfinished = self.path.with_suffix(".unfinished")
+        unfinished.write_text("[\n" + ",\n".join(json.dumps(row) for row in self.rows) + "\n]\n")
+        unfinished.replace(self.path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *ABLATION], metavar="METHOD", help="default: the table's")
+    parser.add_argument("--datasets", nargs="+", choices=NAMES)
+    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--ablation", action="store_true", help="instead of the table's methods, those of the search")
+    parser.add_argument("--quick", action="store_true", help="one seed, few images and iterations: only a check that it runs")
+    parser.add_argument("--iterations", type=int, help="of each run; source training is scaled with it")
+    parser.add_argument("--width", type=int, default=1, help="times the network's channels")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--crop", type=int, default=64, help="width of the training crops")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, help="runs at a time; default: the cores, or 1 on a GPU")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument(
+        "--cache", type=Path, default=Path(tempfile.gettempdir()) / "dacal-uda", help="images and common starts"
+    )
+    parser.add_argument("--report", action="store_true", help="train nothing; write uda.md and the figures again")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    options.cache.mkdir(parents=True, exist_ok=True)
+    if options.quick:
+        options.iterations = options.iterations or 8
+    datasets = options.datasets or (["streets"] if options.ablation else list(NAMES))
+    seeds = options.seeds or ([0] if options.quick else [0, 1, 2] if options.ablation else [0, 1, 2, 3, 4])
+    methods = options.methods or list(ABLATION if options.ablation else METHODS)
+    train_images, test_images = (16, 8) if options.quick else (None, 100)
+    settings = {
+        "iterations": options.iterations,
+        "width": options.width,
+        "batch": options.batch,
+        "crop": options.crop,
+        "train_images": train_images,
+        "test_images": test_images,
+    }
+    results = Results(options.out / "uda.json", settings)
+
+    def cell(dataset: str, seed: int) -> Cell:
+        recipe = RECIPES[dataset]._replace(width=options.width, batch=options.batch, crop=options.crop)
+        if options.iterations:
+            recipe = recipe.scaled(options.iterations)
+        return Cell(dataset, seed, recipe, train_images, test_images, options.device, str(options.cache))
+
+    jobs = [Job(cell(dataset, seed), method) for seed in seeds for dataset in datasets for method in methods]
+    jobs = [] if options.report else [job for job in jobs if not results.has(job)]
+    cells = list(dict.fromkeys(job.cell for job in jobs))
+    cores = len(os.sched_getaffinity(0))
+    at_once = options.jobs or (cores if options.device == "cpu" else 1)
+    begun = time.time()
+    os.environ["TQDM_DISABLE"] = "1"  # the bars of parallel runs would write over each other
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the runs in progress would outlive this process
+    # Processes, started anew: forked ones would share CUDA and thread pools.
+    with multiprocessing.get_context("spawn").Pool(at_once, start_worker, (max(1, cores // at_once),)) as pool:
+        for i, _ in enumerate(pool.imap_unordered(prepare, cells)):
+            print(f"{time.time() - begun:6.0f} s  images and common start {i + 1} of {len(cells)}", flush=True)
+        prepared = time.time()
+        for i, rows in enumerate(pool.imap_unordered(run, jobs)):
+            results.add(rows)
+            left = (time.time() - prepared) / (i + 1) * (len(jobs) - i - 1)
+            row = rows[0]
+            print(
+                f"{time.time() - begun:6.0f} s  {i + 1:3d} of {len(jobs)}, {left / 60:3.0f} min left  {row['dataset']:<13}"
+                f"{row['seed']:2d}  {row['method']:<26} student {100 * row['miou']:5.1f} mIoU {100 * row['ece']:6.2f} ECE",
+                flush=True,
+            )
+    if results.rows:
+        for path in write_report(results.rows, options.out, METHODS, ABLATION):
+            print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""uda.md and the figures, from the runs in uda.json."""
+
+import statistics
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import torch
+from post_hoc import CALIBRATIONS
+from uda_methods import Method
+
+from dacal_addon import plots
+from dacal_addon.demo.datasets import NAMES
+from dacal_addon.metrics.binned import ReliabilityTable
+
+Row = Dict[str, Any]
+Runs = Mapping[int, Row]
+"""Seed -> run, of one method, data set and model."""
+DRAWN = ("hard", "hard+pseudocal", "soft", "dacal-bilevel", "dacal")
+"""The reliability diagrams."""
+
+
+def write_report(rows: Sequence[Row], out: Path, table: Mapping[str, Method], ablation: Mapping[str, Method]) -> List[Path]:
+    """Write uda.md and the figures; returns their paths."""
+    written = [out / "uda.md"]
+    written[0].write_text(report(rows, table, ablation))
+    main = [row for row in rows if row["method"].split("+")[0] in table]
+    datasets = [name for name in NAMES if any(row["dataset"] == name for row in main)]
+    figures = {"uda_frontier.png": frontier(main, datasets, table)} if datasets else {}
+    for name in datasets:
+        tables, ece = pooled([row for row in main if row["dataset"] == name], table)
+        if tables:
+            figures[f"uda_reliability_{name}.png"] = plots.reliability_diagram(tables, ece=ece)
+    if any(row["method"] in ablation for row in rows):
+        figures["uda_ablation.png"] = ablation_figure(rows, ablation)
+    for name, figure in figures.items():
+        plots.save(figure, out / name)
+        written.append(out / name)
+    return written
+
+
+def title_of(method: str, table: Mapping[str, Method]) -> str:
+    """Of a method, or of one with a post-hoc calibration behind a plus."""
+    base, _, calibration = method.partition("+")
+    return table[base].title + (f" + {CALIBRATIONS[calibration][0]}" if calibration else "")
+
+
+def report(rows: Sequence[Row], table: Mapping[str, Method], ablation: Mapping[str, Method]) -> str:
+    """The page, in Markdown."""
+    lines = [
+        "# Calibration under domain adaptation: the runs of `uda.py`",
+        "",
+        "Written by `benchmarks/uda.py` from `uda.json`; [../README.md](../README.md) says what it means. All figures are of",
+        "the target's test images: means ± standard deviations over seeds. Against hard pseudo-labels, mIoU is the mean of",
+        "differences paired by seed, ECE the change of the mean. AUROC of T: the chance that a wrong pixel gets a higher",
+        "temperature than a right one (0.5: T knows nothing of errors). Rows that are bounds see target labels.",
+    ]
+    main = [row for row in rows if row["method"].split("+")[0] in table]
+    for dataset in NAMES:
+        for model in ("student", "EMA teacher"):
+            of = by_method([row for row in main if row["dataset"] == dataset], model.split()[-1])
+            if of:
+                lines += ["", f"## {dataset}, {model}", "", *table_lines(of, table)]
+    if any(row["method"] in ablation for row in rows):
+        lines += ["", *ablation_lines(rows, table, ablation)]
+    return "\n".join(lines) + "\n"
+
+
+def table_lines(of: Mapping[str, Runs], table: Mapping[str, Method]) -> List[str]:
+    """The methods of one data set and model, with their post-hoc calibrations, against hard pseudo-labels."""
+    order = [f"{base}{suffix}" for base in table for suffix in ("", *(f"+{name}" for name in CALIBRATIONS))]
+    body = []
+    for method in [name for name in order if name in of]:
+        own = of[method]
+        hard = {seed: run for seed, run in of.get("hard", {}).items() if seed in own}
+        body.append([title_of(method, table), *cells(own), paired_miou(own, hard), ece_change(own, hard)])
+    return markdown(["labels on target", *FIGURES, "mIoU against hard", "ECE against hard"], body)
+
+
+def ablation_lines(rows: Sequence[Row], table: Mapping[str, Method], ablation: Mapping[str, Method]) -> List[str]:
+    """The search: every variant beside the method that it varies, on the same seeds."""
+    lines = ["## The search, on streets, student", "", "One change at a time; what is varied stands above, on the same seeds."]
+    of = by_method([row for row in rows if row["dataset"] == "streets"], "student")
+    for base, prefix, title in (
+        ("dacal-bilevel", "bilevel-", "Learned by the bilevel step"),
+        ("dacal", "fit-", "Fitted on images with known labels"),
+    ):
+        variants = [name for name in ablation if name.startswith(prefix) and name in of]
+        seeds = {seed for name in variants for seed in of[name]}
+        body = []
+        for name in ["hard", "soft", base, *variants]:
+            own = {seed: run for seed, run in of.get(name, {}).items() if seed in seeds}
+            if own:
+                body.append([ablation[name].title if name in ablation else f"**{title_of(name, table)}**", *cells(own)])
+        if variants:
+            lines += ["", f"### {title}", "", *markdown(["change", *FIGURES], body)]
+    return lines
+
+
+FIGURES: Dict[str, Callable[[Runs], str]] = {
+    "seeds": lambda runs: str(len(runs)),
+    "mIoU %": lambda runs: spread(runs, "miou", 100, 1),
+    "accuracy %": lambda runs: spread(runs, "accuracy", 100, 1),
+    "confidence %": lambda runs: spread(runs, "confidence", 100, 1),
+    "ECE %": lambda runs: spread(runs, "ece", 100, 2),
+    "NLL": lambda runs: spread(runs, "nll", 1, 3),
+    "AUROC of T": lambda runs: spread(runs, "temperature_auroc", 1, 2),
+    "mean T": lambda runs: spread(runs, "temperature_mean", 1, 2),
+    "s": lambda runs: spread(runs, "seconds", 1, 0).split(" ")[0],
+}
+
+
+def cells(runs: Runs) -> List[str]:
+    return [figure(runs) for figure in FIGURES.values()]
+
+
+def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> List[str]:
+    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *body)]
+
+
+def by_method(rows: Sequence[Row], model: str) -> Dict[str, Dict[int, Row]]:
+    """Method -> seed -> run."""
+    result: Dict[str, Dict[int, Row]] = {}
+    for row in rows:
+        if row["model"] == model:
+            result.setdefault(row["method"], {})[row["seed"]] = row
+    return result
+
+
+def values(runs: Runs, figure: str, scale: float = 1.0) -> List[float]:
+    return [scale * row[figure] for row in runs.values() if row[figure] is not None]
+
+
+def spread(runs: Runs, figure: str, scale: float, digits: int) -> str:
+    """Mean ± standard deviation, the latter from two runs on; empty where there is none.
+
+    Example:
+        >>> spread({0: {"ece": 0.1}, 1: {"ece": 0.2}}, "ece", 100, 1)
+        '15.0 ± 7.1'
+    """
+    own = values(runs, figure, scale)
+    if not own:
+        return ""
+    deviation = f" ± {statistics.stdev(own):.{digits}f}" if len(own) > 1 else ""
+    return f"{statistics.mean(own):.{digits}f}{deviation}"
+
+
+def paired_miou(own: Runs, hard: Runs) -> str:
+    differences = {seed: {"miou": own[seed]["miou"] - row["miou"]} for seed, row in hard.items()}
+    text = spread(differences, "miou", 100, 1)
+    return f"+{text}" if text and not text.startswith("-") else text
+
+
+def ece_change(own: Runs, hard: Runs) -> str:
+    """Of the mean over the common seeds.
+
+    Example:
+        >>> ece_change({0: {"ece": 0.02}}, {0: {"ece": 0.08}})
+        '-75 %'
+    """
+    if not hard:
+        return ""
+    change = statistics.mean(values({seed: own[seed] for seed in hard}, "ece")) / statistics.mean(values(hard, "ece")) - 1
+    return f"{100 * change:+.0f} %"
+
+
+def pooled(rows: Sequence[Row], table: Mapping[str, Method]) -> Tuple[Dict[str, ReliabilityTable], Dict[str, float]]:
+    """The students' reliability tables over all seeds, and the means of their ECE (pooling would let gaps cancel)."""
+    of = by_method(rows, "student")
+    tables, ece = {}, {}
+    for method in [name for name in DRAWN if name in of]:
+        bins = torch.tensor([row["bins"] for row in of[method].values()], dtype=torch.float64)
+        pixels = bins[..., 0].sum(0)
+        means = (bins[..., 1:] * bins[..., :1]).sum(0) / pixels[:, None]
+        edges = torch.linspace(0, 1, len(pixels) + 1, dtype=torch.float64)
+        title = title_of(method, table)
+        tables[title] = ReliabilityTable(edges[:-1], edges[1:], pixels.long(), means[:, 0], means[:, 1])
+        ece[title] = statistics.mean(values(of[method], "ece"))
+    return tables, ece
+
+
+def frontier(rows: Sequence[Row], datasets: Sequence[str], table: Mapping[str, Method]) -> Any:
+    """mIoU against ECE of the students, a panel a data set; bars are standard deviations over seeds."""
+    colours = [plots.GREY, "black", plots.SKY, "#CC79A7", "#009E73", plots.BLUE, plots.ORANGE, "#999999", "#BBBBBB"]
+    markers = {"": "o", "ts": "^", "lts": "v", "transcal": "<", "pseudocal": "D", "oracle-ts": "x"}
+    with plots.styled():
+        figure, axes = plots.new_figure(1, len(datasets), (3.6 * len(datasets), 4.3))
+        for axis, dataset in zip(axes[0], datasets):
+            of = by_method([row for row in rows if row["dataset"] == dataset], "student")
+            for (base, method), colour in zip(table.items(), colours):
+                for calibration, marker in markers.items():
+                    runs = of.get(f"{base}+{calibration}" if calibration else base)
+                    # The bound by true labels is far from the rest, and would squeeze it into a corner.
+                    if runs and base != "bound-labels":
+                        point(axis, runs, colour, marker, label=None if calibration else method.title, small=bool(calibration))
+            axis.set(title=dataset, xlabel="ECE %")
+            axis.set_xlim(left=0)
+        axes[0, 0].set_ylabel("mIoU %")
+        for calibration, marker in list(markers.items())[1:]:
+            name = CALIBRATIONS[calibration][0]
+            axes[0, 0].plot([], [], linestyle="", marker=marker, color="black", markersize=4, label=f"+ {name}")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncol=4, fontsize=7.5)
+        return figure
+
+
+def ablation_figure(rows: Sequence[Row], ablation: Mapping[str, Method]) -> Any:
+    """mIoU against ECE of every variant of the search, means over the seeds."""
+    of = by_method([row for row in rows if row["dataset"] == "streets"], "student")
+    seeds = set().union(*(runs for name, runs in of.items() if name in ablation))
+    of = {name: {seed: row for seed, row in runs.items() if seed in seeds} for name, runs in of.items()}
+    groups = [
+        ("bilevel-", "learned by the bilevel step", plots.SKY, "o"),
+        ("fit-", "fitted on images with known labels", plots.ORANGE, "s"),
+    ]
+    with plots.styled():
+        figure, axes = plots.new_figure(1, 1, (6.0, 4.2))
+        axis = axes[0, 0]
+        for prefix, title, colour, marker in groups:
+            chosen = [runs for name, runs in of.items() if name.startswith(prefix) and not ablation[name].bound and runs]
+            x, y = ([statistics.mean(values(runs, figure_, 100)) for runs in chosen] for figure_ in ("ece", "miou"))
+            axis.plot(x, y, linestyle="", marker=marker, color=colour, markersize=5, alpha=0.8, label=title)
+        for name, marker, colour in (
+            ("hard", "X", "black"),
+            ("soft", "P", "black"),
+            ("dacal-bilevel", "*", plots.BLUE),
+            ("dacal", "*", "#A03000"),
+        ):
+            if of.get(name):
+                point(
+                    axis, of[name], colour, marker, label={"hard": "hard pseudo-labels", "soft": "soft, T = 1"}.get(name, name)
+                )
+        axis.set(xlabel="ECE %", ylabel="mIoU %", title="streets: the search")
+        axis.legend(loc="best", fontsize=8)
+        return figure
+
+
+def point(axis: Any, runs: Runs, colour: str, marker: str, *, label: Optional[str], small: bool = False) -> None:
+    x, y = values(runs, "ece", 100), values(runs, "miou", 100)
+    bars = {} if len(x) < 2 or small else {"xerr": statistics.stdev(x), "yerr": statistics.stdev(y)}
+    axis.errorbar(
+        statistics.mean(x),
+        statistics.mean(y),
+        **bars,
+        fmt=marker,
+        color=colour,
+        markersize=4 if small else 6,
+        elinewidth=0.7,
+        alpha=0.9,
+        label=label,
+    )
