@@ -189,10 +189,20 @@ def test_the_hosts_page_lists_every_option_and_its_default():
     page = (ROOT / "examples/mmseg/README.md").read_text()
     for name in Options._fields:
         assert f"`{name}`" in page
-    for text in ("| `warmup_iters` | 3000 |", "| `every` | 1 |", "| `meta_lr` | 3e-4 |", "16, 1.0, 5.0", "| `seed` | 0 |"):
+    bilevel = "with `'bilevel'`"
+    for text in (
+        "| `learn` | `'fit'` |",
+        f"| `warmup_iters` | 0, {bilevel} 3000 |",
+        f"| `meta_lr` | 2e-3, {bilevel} 3e-4 |",
+        "| `every` | 1 |",
+        "16, 1.0, 5.0",
+        "| `seed` | 0 |",
+    ):
         assert text in page
     defaults = Options()
-    assert (defaults.warmup_iters, defaults.every, defaults.meta_lr, defaults.seed) == (3000, 1, 3e-4, 0)
+    assert (defaults.learn, defaults.warmup, defaults.learning_rate) == ("fit", 0, 2e-3)
+    assert (Options(learn="bilevel").warmup, Options(learn="bilevel").learning_rate) == (3000, 3e-4)
+    assert (defaults.every, defaults.seed) == (1, 0)
     assert (defaults.hidden_channels, defaults.initial_temperature, defaults.max_ratio) == (16, 1.0, 5.0)
 
 
