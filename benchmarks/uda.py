@@ -7,7 +7,7 @@
 
 Every method starts from the same network and sees the same images, augmentations and masks, so that differences within a
 seed are paired. Writes uda.json (a list of runs, each appended as soon as it is finished: the same command continues after
-an interruption), uda.md and the figures; `--report` only writes the latter two again.
+an interruption; one command at a time), uda.md and the figures; `--report` only writes the latter two again.
 """
 
 import argparse
@@ -20,18 +20,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from post_hoc import CALIBRATIONS, Material, temperatures
 from torch import Tensor
-from uda_ablation import ABLATION
+from uda_ablation import ABLATION, BASES
 from uda_methods import METHODS, Method
 from uda_report import write_report
 
 from dacal_addon import demo
 from dacal_addon.demo.datasets import NAMES, Dataset, load_dataset
-from dacal_addon.demo.network import SmallUNet
 from dacal_addon.demo.self_training import RECIPES, Recipe, Start, predict, score, temperature_of, train, train_start
 from dacal_addon.metrics import reliability
 
@@ -45,6 +44,8 @@ class Cell(NamedTuple):
     train_images: Optional[int]
     test_images: int
     device: str
+    code: str
+    """A digest of what makes images and common starts."""
     cache: str
 
 
@@ -61,10 +62,8 @@ def method_of(name: str) -> Method:
 
 def shared(cell: Cell) -> Tuple[Dataset, Start]:
     """The images and the common start, from the cache where they are there, made by the same code."""
-    digest = hashlib.sha1(repr((*cell[:5], torch.__version__)).encode())
-    for source in sorted(Path(demo.__path__[0]).glob("*.py")):
-        digest.update(source.read_bytes())
-    path = Path(cell.cache) / f"{cell.dataset}-{cell.seed}-{digest.hexdigest()[:12]}.pt"
+    key = hashlib.sha1(repr((*cell[:-1], torch.__version__)).encode()).hexdigest()
+    path = Path(cell.cache) / f"{cell.dataset}-{cell.seed}-{key[:12]}.pt"
     if not path.exists():
         dataset = load_dataset(cell.dataset, seed=cell.seed, train_images=cell.train_images, test_images=cell.test_images)
         start = train_start(dataset, cell.recipe, seed=cell.seed, device=torch.device(cell.device))
@@ -72,8 +71,16 @@ def shared(cell: Cell) -> Tuple[Dataset, Start]:
         torch.save((dataset, start), unfinished)
         unfinished.replace(path)
     dataset, start = torch.load(path, map_location="cpu", weights_only=False)
-    start.student.to(cell.device)
+    start.student.to(cell.device, memory_format=torch.channels_last)  # an iteration takes a seventh less time on a CPU
     return dataset, start
+
+
+def code_digest() -> str:
+    """Taken once, before anything is run: a file may be edited while the processes go on with what they have imported."""
+    digest = hashlib.sha1()
+    for source in sorted(Path(demo.__path__[0]).glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
 
 
 def prepare(cell: Cell) -> None:
@@ -89,10 +96,8 @@ def run(job: Job) -> List[Dict[str, Any]]:
     image, label = dataset.target_test
     rows = []
 
-    def add(name: str, model: str, logits: Tensor, temperature: Optional[Tensor], seconds: float) -> None:
+    def add(name: str, model: str, logits: Tensor, temperatures: Dict[str, Optional[float]], seconds: float) -> None:
         bins = reliability(logits, label, input="logits")
-        confidence = torch.softmax(logits, 1).amax(1)
-        right = logits.argmax(1) == label
         rows.append(
             {
                 "dataset": cell.dataset,
@@ -100,9 +105,8 @@ def run(job: Job) -> List[Dict[str, Any]]:
                 "seed": cell.seed,
                 "model": model,
                 **{figure: round(value, 6) for figure, value in score(logits, label)._asdict().items()},
-                "temperature_auroc": None if temperature is None else round(auroc(temperature[:, 0], ~right), 4),
-                "confidence_auroc": round(auroc(-confidence, ~right), 4),
-                "temperature_mean": None if temperature is None else round(float(temperature.mean()), 4),
+                "confidence_auroc": confidence_auroc(logits, label),
+                **temperatures,
                 "seconds": round(seconds, 1),
                 "iterations": cell.recipe.iterations,
                 "bins": [
@@ -112,21 +116,36 @@ def run(job: Job) -> List[Dict[str, Any]]:
             }
         )
 
-    models: Dict[str, SmallUNet] = {"student": trained.student, "teacher": trained.teacher}
-    for model, network in models.items():
-        logits = predict(network, image, device=device)
-        add(job.method, model, logits, temperature_of(trained.teaching, network, image, device=device), trained.seconds)
+    logits, of_teacher = (predict(network, image, device=device) for network in (trained.student, trained.teacher))
+    learned = temperature_of(trained.teaching, trained.teacher, image, device=device)
+    diagnosed = diagnose(of_teacher, learned, label)
+    add(job.method, "student", logits, diagnosed, trained.seconds)
+    add(job.method, "teacher", of_teacher, diagnosed, trained.seconds)
     if method.post_hoc:
-        logits = predict(trained.student, image, device=device)
         for name, (_, calibration) in CALIBRATIONS.items():
             begun = time.perf_counter()
             found = calibration(Material(trained.student, dataset, torch.Generator().manual_seed(cell.seed), device))
             seconds = time.perf_counter() - begun
             temperature = temperatures(found, logits, image, device=device)
-            varies = None if isinstance(found, float) else temperature
-            add(f"{job.method}+{name}", "student", logits / temperature, varies, seconds)
-            rows[-1]["temperature_mean"] = round(float(temperature.mean()), 4)
+            add(f"{job.method}+{name}", "student", logits / temperature, diagnose(logits, temperature, label), seconds)
     return rows
+
+
+def diagnose(logits: Tensor, temperature: Optional[Tensor], label: Tensor) -> Dict[str, Optional[float]]:
+    """What temperatures know of a network's errors, by true labels: nothing is trained on it. None without temperatures."""
+    if temperature is None:
+        return {"temperature_mean": None, "temperature_auroc": None, "label_auroc": None}
+    wrong = logits.argmax(1) != label
+    return {
+        "temperature_mean": round(float(temperature.mean()), 4),
+        "temperature_auroc": round(auroc(temperature[:, 0], wrong), 4),
+        "label_auroc": confidence_auroc(logits / temperature, label),
+    }
+
+
+def confidence_auroc(logits: Tensor, label: Tensor) -> float:
+    """The chance that a wrong pixel is less confident than a right one."""
+    return round(auroc(-torch.softmax(logits, 1).amax(1), logits.argmax(1) != label), 4)
 
 
 def auroc(value: Tensor, positive: Tensor) -> float:
@@ -150,16 +169,19 @@ def start_worker(threads: int) -> None:
 
 
 class Results:
-    """uda.json: one run a line."""
+    """uda.json: one run a line; and what all its runs share, in uda_settings.json."""
 
-    def __init__(self, path: Path, settings: Dict[str, Any]) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: List[Dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-        beside = path.with_name("uda_settings.json")
-        if self.rows and json.loads(beside.read_text()) != settings:
+
+    def go_on_with(self, settings: Dict[str, Any]) -> None:
+        """Refuse to mix runs of other settings with those that are there."""
+        beside = self.path.with_name("uda_settings.json")
+        there = json.loads(beside.read_text()) if self.rows else settings
+        if there != settings:
             raise SystemExit(
-                f"uda.py: expected the settings of the runs in {path}, {json.loads(beside.read_text())}, got {settings}; "
-                "choose another --out"
+                f"uda.py: expected the settings of the runs in {self.path}, {there}, got {settings}; choose another --out"
             )
         beside.write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -178,8 +200,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *ABLATION], metavar="METHOD", help="default: the table's")
     parser.add_argument("--datasets", nargs="+", choices=NAMES)
-    parser.add_argument("--seeds", nargs="+", type=int)
-    parser.add_argument("--ablation", action="store_true", help="instead of the table's methods, those of the search")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 to 2, and 3 and 4 for the rows that are compared")
+    parser.add_argument("--ablation", action="store_true", help="the search on `streets` instead of the table")
     parser.add_argument("--quick", action="store_true", help="one seed, few images and iterations: only a check that it runs")
     parser.add_argument("--iterations", type=int, help="of each run; source training is scaled with it")
     parser.add_argument("--width", type=int, default=1, help="times the network's channels")
@@ -187,46 +209,71 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=64, help="width of the training crops")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, help="runs at a time; default: the cores, or 1 on a GPU")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results, with --quick a new temporary folder")
     parser.add_argument(
         "--cache", type=Path, default=Path(tempfile.gettempdir()) / "dacal-uda", help="images and common starts"
     )
     parser.add_argument("--report", action="store_true", help="train nothing; write uda.md and the figures again")
     options = parser.parse_args()
+    if options.out is None:
+        options.out = Path(tempfile.mkdtemp(prefix="dacal-uda-") if options.quick else Path(__file__).parent / "results")
     options.out.mkdir(parents=True, exist_ok=True)
+    results = Results(options.out / "uda.json")
+    if not options.report:
+        train_missing(results, options)
+    if results.rows:
+        for path in write_report(results.rows, options.out, METHODS, ABLATION):
+            print(f"written: {path}")
+
+
+def train_missing(results: Results, options: argparse.Namespace) -> None:
+    """Train what the command asks for and `results` lacks."""
     options.cache.mkdir(parents=True, exist_ok=True)
     if options.quick:
         options.iterations = options.iterations or 8
     datasets = options.datasets or (["streets"] if options.ablation else list(NAMES))
-    seeds = options.seeds or ([0] if options.quick else [0, 1, 2] if options.ablation else [0, 1, 2, 3, 4])
-    methods = options.methods or list(ABLATION if options.ablation else METHODS)
+    methods = options.methods or list((*BASES, *ABLATION) if options.ablation else METHODS)
     train_images, test_images = (16, 8) if options.quick else (None, 100)
-    settings = {
-        "iterations": options.iterations,
-        "width": options.width,
-        "batch": options.batch,
-        "crop": options.crop,
-        "train_images": train_images,
-        "test_images": test_images,
-    }
-    results = Results(options.out / "uda.json", settings)
-
-    def cell(dataset: str, seed: int) -> Cell:
-        recipe = RECIPES[dataset]._replace(width=options.width, batch=options.batch, crop=options.crop)
-        if options.iterations:
-            recipe = recipe.scaled(options.iterations)
-        return Cell(dataset, seed, recipe, train_images, test_images, options.device, str(options.cache))
-
-    jobs = [Job(cell(dataset, seed), method) for seed in seeds for dataset in datasets for method in methods]
-    jobs = [] if options.report else [job for job in jobs if not results.has(job)]
-    cells = list(dict.fromkeys(job.cell for job in jobs))
     cores = len(os.sched_getaffinity(0))
     at_once = options.jobs or (cores if options.device == "cpu" else 1)
+    threads = max(1, cores // at_once)
+    recipes = {
+        name: recipe._replace(width=options.width, batch=options.batch, crop=options.crop) for name, recipe in RECIPES.items()
+    }
+    if options.iterations:
+        recipes = {name: recipe.scaled(options.iterations) for name, recipe in recipes.items()}
+    results.go_on_with(
+        {
+            "recipes": {name: recipe._asdict() for name, recipe in recipes.items()},
+            "train_images": train_images,
+            "test_images": test_images,
+            "torch": torch.__version__,
+            "device": options.device,
+            "threads": threads,  # two instead of one move mIoU by about a point, by rounding alone
+        }
+    )
+    code = code_digest()
+
+    def seeds_of(method: str) -> Sequence[int]:
+        if options.seeds:
+            return list(options.seeds)
+        return range(1 if options.quick else 3 if options.ablation else method_of(method).seeds)
+
+    wanted = [(seed, method) for method in methods for seed in seeds_of(method)]
+    jobs = [
+        Job(Cell(dataset, seed, recipes[dataset], train_images, test_images, options.device, code, str(options.cache)), method)
+        for seed in sorted({seed for seed, _ in wanted})
+        for dataset in datasets
+        for method in methods
+        if (seed, method) in wanted
+    ]
+    jobs = [job for job in jobs if not results.has(job)]
+    cells = list(dict.fromkeys(job.cell for job in jobs))
     begun = time.time()
     os.environ["TQDM_DISABLE"] = "1"  # the bars of parallel runs would write over each other
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the runs in progress would outlive this process
     # Processes, started anew: forked ones would share CUDA and thread pools.
-    with multiprocessing.get_context("spawn").Pool(at_once, start_worker, (max(1, cores // at_once),)) as pool:
+    with multiprocessing.get_context("spawn").Pool(at_once, start_worker, (threads,)) as pool:
         for i, _ in enumerate(pool.imap_unordered(prepare, cells)):
             print(f"{time.time() - begun:6.0f} s  images and common start {i + 1} of {len(cells)}", flush=True)
         prepared = time.time()
@@ -239,9 +286,6 @@ def main() -> None:
                 f"{row['seed']:2d}  {row['method']:<26} student {100 * row['miou']:5.1f} mIoU {100 * row['ece']:6.2f} ECE",
                 flush=True,
             )
-    if results.rows:
-        for path in write_report(results.rows, options.out, METHODS, ABLATION):
-            print(f"written: {path}")
 
 
 if __name__ == "__main__":

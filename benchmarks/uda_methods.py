@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dacal_addon import SoftPseudoLabeler
 from dacal_addon.demo.self_training import METHODS as OF_THE_DEMO
-from dacal_addon.demo.self_training import Batch, HardLabels, Teaching
+from dacal_addon.demo.self_training import Batch, HardLabels, SoftLabels, Teaching
 from dacal_addon.pseudo_labels import one_hot, soft_label
 
 
@@ -18,6 +18,8 @@ class Method(NamedTuple):
     title: str
     make: Callable[..., Teaching]
     """(student, optimizer, recipe) -> Teaching."""
+    seeds: int = 3
+    """How many; five for the rows that are compared."""
     post_hoc: bool = False
     """Whether the post-hoc calibrations are applied to its student too."""
     bound: bool = False
@@ -40,7 +42,8 @@ def pasta(image: Tensor, generator: torch.Generator, *, alpha: float = 3.0, beta
 
 
 class AugCal(HardLabels):
-    """Source images under PASTA instead of the recipe's augmentation, and on them the gap of accuracy and confidence (DCA).
+    """Source images under PASTA instead of the recipe's augmentation, also in the mixed ones, and on them the gap of accuracy
+    and confidence (DCA).
 
     Source: AugCal (Chattopadhyay et al., ICLR 2024); DCA (Liang et al., 2020), the gap over the pixels of a batch, weight 1.
     """
@@ -48,10 +51,28 @@ class AugCal(HardLabels):
     title = "AugCal"
 
     def source_loss(self, batch: Batch) -> Tensor:
-        logits = self.student(pasta(batch.source_image, batch.generator))
+        self.augmented = pasta(batch.source_image, batch.generator)
+        logits = self.student(self.augmented)
         confidence, prediction = F.softmax(logits, dim=1).max(1)
         gap = ((prediction == batch.source_label).float().mean() - confidence.mean()).abs()
         return F.cross_entropy(logits, batch.source_label) + gap
+
+    def teach(self, teacher: Any, batch: Batch) -> str:
+        return super().teach(teacher, batch._replace(source_strong=self.augmented))
+
+
+class WeightedHardLabels(HardLabels):
+    """Control: what the weights of `dacal` do by themselves."""
+
+    title = "hard pseudo-labels, weights by confidence"
+    weight = "confidence"
+
+
+class WeightedSoftLabels(SoftLabels):
+    """Control: `dacal` without its temperatures."""
+
+    title = "soft pseudo-labels, T = 1, weights by confidence"
+    weight = "confidence"
 
 
 class MarginSmoothing(HardLabels):
@@ -107,18 +128,20 @@ class TrueLabels(Teaching):
         return ""
 
 
-def _of_the_demo(name: str, **options: bool) -> Method:
+def _of_the_demo(name: str, **options: Any) -> Method:
     return Method(OF_THE_DEMO[name].title, OF_THE_DEMO[name], **options)
 
 
 METHODS: Dict[str, Method] = {
     "source-only": _of_the_demo("source-only"),
-    "hard": _of_the_demo("hard", post_hoc=True),
-    "soft": _of_the_demo("soft"),
+    "hard": _of_the_demo("hard", seeds=5, post_hoc=True),
+    "soft": _of_the_demo("soft", seeds=5),
+    "hard-weighted": Method(WeightedHardLabels.title, WeightedHardLabels),
+    "soft-weighted": Method(WeightedSoftLabels.title, WeightedSoftLabels, seeds=5),
     "mbls": Method(MarginSmoothing.title, MarginSmoothing),
     "augcal": Method(AugCal.title, AugCal),
-    "dacal-bilevel": _of_the_demo("dacal-bilevel"),
-    "dacal": _of_the_demo("dacal", post_hoc=True),
+    "dacal-bilevel": _of_the_demo("dacal-bilevel", seeds=5),
+    "dacal": _of_the_demo("dacal", seeds=5, post_hoc=True),
     "bound-temperature": Method(TruthTemperature.title, TruthTemperature, bound=True),
     "bound-labels": Method(TrueLabels.title, TrueLabels, bound=True),
 }

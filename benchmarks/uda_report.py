@@ -50,9 +50,12 @@ def report(rows: Sequence[Row], table: Mapping[str, Method], ablation: Mapping[s
         "# Calibration under domain adaptation: the runs of `uda.py`",
         "",
         "Written by `benchmarks/uda.py` from `uda.json`; [../README.md](../README.md) says what it means. All figures are of",
-        "the target's test images: means ± standard deviations over seeds. Against hard pseudo-labels, mIoU is the mean of",
-        "differences paired by seed, ECE the change of the mean. AUROC of T: the chance that a wrong pixel gets a higher",
-        "temperature than a right one (0.5: T knows nothing of errors). Rows that are bounds see target labels.",
+        "the target's test images: means ± standard deviations over seeds; differences are paired by seed, and the change of",
+        "ECE in percent is that of the mean. AUROC of the confidence: the chance that a wrong pixel is less confident than a",
+        "right one. Of T: the chance that the teacher's wrong pixels get a higher temperature than its right ones; above 0.5 T",
+        "softens errors, below it softens what is right, most of all what is sure. Of the label: as of the confidence, for",
+        "the teacher's soft labels softmax(z / T). Behind a plus stands a calibration of the trained student, whose own T and",
+        "seconds the row shows. Bounds see target labels.",
     ]
     main = [row for row in rows if row["method"].split("+")[0] in table]
     for dataset in NAMES:
@@ -72,27 +75,31 @@ def table_lines(of: Mapping[str, Runs], table: Mapping[str, Method]) -> List[str
     for method in [name for name in order if name in of]:
         own = of[method]
         hard = {seed: run for seed, run in of.get("hard", {}).items() if seed in own}
-        body.append([title_of(method, table), *cells(own), paired_miou(own, hard), ece_change(own, hard)])
+        body.append([title_of(method, table), *cells(own), *against(own, hard)])
     return markdown(["labels on target", *FIGURES, "mIoU against hard", "ECE against hard"], body)
 
 
 def ablation_lines(rows: Sequence[Row], table: Mapping[str, Method], ablation: Mapping[str, Method]) -> List[str]:
     """The search: every variant beside the method that it varies, on the same seeds."""
-    lines = ["## The search, on streets, student", "", "One change at a time; what is varied stands above, on the same seeds."]
+    lines = ["## The search, on streets, student", "", "One change at a time of what stands above in bold, on the same seeds."]
     of = by_method([row for row in rows if row["dataset"] == "streets"], "student")
     for base, prefix, title in (
         ("dacal-bilevel", "bilevel-", "Learned by the bilevel step"),
-        ("dacal", "fit-", "Fitted on images with known labels"),
+        ("dacal", "fit-", "Fitted directly"),
     ):
         variants = [name for name in ablation if name.startswith(prefix) and name in of]
         seeds = {seed for name in variants for seed in of[name]}
         body = []
         for name in ["hard", "soft", base, *variants]:
             own = {seed: run for seed, run in of.get(name, {}).items() if seed in seeds}
+            varied = {seed: run for seed, run in of.get(base, {}).items() if seed in own}
             if own:
-                body.append([ablation[name].title if name in ablation else f"**{title_of(name, table)}**", *cells(own)])
+                title_ = ablation[name].title if name in ablation else f"**{title_of(name, table)}**"
+                body.append([title_, *cells(own), *against(own, varied)])
         if variants:
-            lines += ["", f"### {title}", "", *markdown(["change", *FIGURES], body)]
+            other = table[base].title
+            lines += ["", f"### {title}", ""]
+            lines += markdown(["change", *FIGURES, f"mIoU against {other}", f"ECE against {other}"], body)
     return lines
 
 
@@ -103,7 +110,9 @@ FIGURES: Dict[str, Callable[[Runs], str]] = {
     "confidence %": lambda runs: spread(runs, "confidence", 100, 1),
     "ECE %": lambda runs: spread(runs, "ece", 100, 2),
     "NLL": lambda runs: spread(runs, "nll", 1, 3),
-    "AUROC of T": lambda runs: spread(runs, "temperature_auroc", 1, 2),
+    "AUROC of confidence": lambda runs: spread(runs, "confidence_auroc", 1, 2),
+    "of T": lambda runs: spread(runs, "temperature_auroc", 1, 2),
+    "of the label": lambda runs: spread(runs, "label_auroc", 1, 2),
     "mean T": lambda runs: spread(runs, "temperature_mean", 1, 2),
     "s": lambda runs: spread(runs, "seconds", 1, 0).split(" ")[0],
 }
@@ -144,23 +153,22 @@ def spread(runs: Runs, figure: str, scale: float, digits: int) -> str:
     return f"{statistics.mean(own):.{digits}f}{deviation}"
 
 
-def paired_miou(own: Runs, hard: Runs) -> str:
-    differences = {seed: {"miou": own[seed]["miou"] - row["miou"]} for seed, row in hard.items()}
-    text = spread(differences, "miou", 100, 1)
-    return f"+{text}" if text and not text.startswith("-") else text
-
-
-def ece_change(own: Runs, hard: Runs) -> str:
-    """Of the mean over the common seeds.
+def against(own: Runs, other: Runs) -> List[str]:
+    """The differences of mIoU and ECE, paired by seed, in points, and the change of the mean ECE; `other` has no more seeds.
 
     Example:
-        >>> ece_change({0: {"ece": 0.02}}, {0: {"ece": 0.08}})
-        '-75 %'
+        >>> against({0: {"miou": 0.5, "ece": 0.02}}, {0: {"miou": 0.51, "ece": 0.08}})
+        ['-1.0', '-75 % (-6.00)']
     """
-    if not hard:
-        return ""
-    change = statistics.mean(values({seed: own[seed] for seed in hard}, "ece")) / statistics.mean(values(hard, "ece")) - 1
-    return f"{100 * change:+.0f} %"
+    if not other:
+        return ["", ""]
+    differences = {seed: {figure: own[seed][figure] - row[figure] for figure in ("miou", "ece")} for seed, row in other.items()}
+    signed = [
+        text if text.startswith("-") else f"+{text}"
+        for text in (spread(differences, "miou", 100, 1), spread(differences, "ece", 100, 2))
+    ]
+    change = statistics.mean(values(differences, "ece")) / statistics.mean(values(other, "ece"))
+    return [signed[0], f"{100 * change:+.0f} % ({signed[1]})"]
 
 
 def pooled(rows: Sequence[Row], table: Mapping[str, Method]) -> Tuple[Dict[str, ReliabilityTable], Dict[str, float]]:
@@ -180,18 +188,33 @@ def pooled(rows: Sequence[Row], table: Mapping[str, Method]) -> Tuple[Dict[str, 
 
 def frontier(rows: Sequence[Row], datasets: Sequence[str], table: Mapping[str, Method]) -> Any:
     """mIoU against ECE of the students, a panel a data set; bars are standard deviations over seeds."""
-    colours = [plots.GREY, "black", plots.SKY, "#CC79A7", "#009E73", plots.BLUE, plots.ORANGE, "#999999", "#BBBBBB"]
+    colours = {
+        "source-only": plots.GREY,
+        "hard": "black",
+        "soft": plots.SKY,
+        "dacal-bilevel": plots.BLUE,
+        "dacal": plots.ORANGE,
+    }
+    others = iter(["#7F7F7F", "#56B4E9", "#CC79A7", "#009E73", "#E69F00", "#999999", "#BBBBBB"])
+    colours = {name: colours[name] if name in colours else next(others) for name in table}
     markers = {"": "o", "ts": "^", "lts": "v", "transcal": "<", "pseudocal": "D", "oracle-ts": "x"}
     with plots.styled():
         figure, axes = plots.new_figure(1, len(datasets), (3.6 * len(datasets), 4.3))
         for axis, dataset in zip(axes[0], datasets):
             of = by_method([row for row in rows if row["dataset"] == dataset], "student")
-            for (base, method), colour in zip(table.items(), colours):
+            for base, method in table.items():
                 for calibration, marker in markers.items():
                     runs = of.get(f"{base}+{calibration}" if calibration else base)
                     # The bound by true labels is far from the rest, and would squeeze it into a corner.
                     if runs and base != "bound-labels":
-                        point(axis, runs, colour, marker, label=None if calibration else method.title, small=bool(calibration))
+                        point(
+                            axis,
+                            runs,
+                            colours[base],
+                            marker,
+                            label=None if calibration else method.title,
+                            small=bool(calibration),
+                        )
             axis.set(title=dataset, xlabel="ECE %")
             axis.set_xlim(left=0)
         axes[0, 0].set_ylabel("mIoU %")
@@ -210,7 +233,7 @@ def ablation_figure(rows: Sequence[Row], ablation: Mapping[str, Method]) -> Any:
     of = {name: {seed: row for seed, row in runs.items() if seed in seeds} for name, runs in of.items()}
     groups = [
         ("bilevel-", "learned by the bilevel step", plots.SKY, "o"),
-        ("fit-", "fitted on images with known labels", plots.ORANGE, "s"),
+        ("fit-", "fitted directly", plots.ORANGE, "s"),
     ]
     with plots.styled():
         figure, axes = plots.new_figure(1, 1, (6.0, 4.2))

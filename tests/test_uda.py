@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,11 +63,14 @@ def test_quick_runs_every_method_on_every_data_set(quick):
         )
         assert np.average(np.abs(accuracy - confidence), weights=pixels) == pytest.approx(row["ece"], abs=2e-4)
         base, _, calibration = row["method"].partition("+")
-        varies = calibration == "lts" or (not calibration and base.startswith(("dacal", "bilevel", "fit")))
-        assert (row["temperature_auroc"] is not None) == varies
+        known = bool(calibration) or base.startswith(("dacal", "bilevel", "fit"))
+        assert all((row[name] is not None) == known for name in ("temperature_mean", "temperature_auroc", "label_auroc"))
+        if calibration:  # of the student itself, whose logits were divided
+            assert row["label_auroc"] == row["confidence_auroc"]
+            assert calibration == "lts" or row["temperature_auroc"] == 0.5
     page = (quick / "uda.md").read_text()
     assert all(f"## {dataset}, student" in page for dataset in ("streets", "digits", "mitochondria"))
-    assert "### Fitted on images with known labels" in page
+    assert "### Fitted directly" in page
     assert {path.name for path in quick.glob("*.png")} == {
         "uda_frontier.png",
         "uda_ablation.png",
@@ -102,6 +106,67 @@ def test_runs_of_other_settings_are_not_mixed_in(quick):
     refused = uda("--out", quick, "--iterations", "9", check=False)
     assert refused.returncode == 1
     assert "choose another --out" in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Few images, and what trains a method on them for three iterations with the target's labels as they are or others."""
+    from dacal_addon.demo.datasets import load_dataset
+    from dacal_addon.demo.self_training import RECIPES, train, train_start
+
+    dataset = load_dataset("mitochondria", seed=0, train_images=8, test_images=2)
+    recipe = RECIPES["mitochondria"]._replace(source_iterations=5, iterations=3, batch=2, crop=32, meta_warmup=0, threshold=0.0)
+    start = train_start(dataset, recipe, seed=0, device=torch.device("cpu"))
+    other = dataset._replace(target_train=dataset.target_train._replace(label=1 - dataset.target_train.label))
+
+    def trained(make, *, mislabelled=False):
+        own = other if mislabelled else dataset
+        return train(make, start, own, recipe, seed=0, device=torch.device("cpu")).student.state_dict()
+
+    return trained
+
+
+def same(one, other):
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_bounds_alone_see_the_targets_labels(small):
+    from uda_ablation import ABLATION
+    from uda_methods import METHODS
+
+    for name, method in {**METHODS, **ABLATION}.items():
+        blind = same(small(method.make), small(method.make, mislabelled=True))
+        assert blind == (not method.bound), name
+        assert method.title.startswith("bound: ") == method.bound
+
+
+def test_a_design_without_a_change_is_the_tables_method(small):
+    from uda_ablation import FITTED, Design, Variant
+    from uda_methods import METHODS
+
+    trained = {name: small(METHODS[name].make) for name in ("dacal-bilevel", "dacal")}
+    assert same(small(partial(Variant, design=Design())), trained["dacal-bilevel"])
+    assert same(small(partial(Variant, design=FITTED)), trained["dacal"])
+    assert not same(trained["dacal"], trained["dacal-bilevel"])
+
+
+def test_no_calibration_but_the_bound_sees_the_targets_labels(material):
+    import post_hoc
+
+    def flipped(split):
+        return split._replace(label=(split.label + 1) % 3)
+
+    dataset = material.dataset
+    other = dataset._replace(target_train=flipped(dataset.target_train), target_test=flipped(dataset.target_test))
+
+    def found(calibration, dataset):
+        own = material._replace(dataset=dataset, generator=torch.Generator().manual_seed(0))
+        result = calibration(own)
+        return result if isinstance(result, float) else result.last.weight.tolist()
+
+    for name, (title, calibration) in post_hoc.CALIBRATIONS.items():
+        blind = found(calibration, dataset) == found(calibration, other)
+        assert blind == (not title.startswith("bound: ")), name
 
 
 def test_auroc_is_scikit_learns():

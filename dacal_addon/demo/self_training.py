@@ -111,10 +111,12 @@ class HardLabels(Teaching):
     """The teacher's argmax on the target's pixels of the mixed image."""
 
     title = "hard pseudo-labels"
+    weight = "ratio"
+    """A mode of `confidence_weight`; this one is DAFormer's."""
 
     def teach(self, teacher: SmallUNet, batch: Batch) -> str:
         with torch.no_grad():
-            labels = SoftPseudoLabeler(None, threshold=self.recipe.threshold, weight="ratio")(teacher(batch.target_image))
+            labels = SoftPseudoLabeler(None, threshold=self.recipe.threshold, weight=self.weight)(teacher(batch.target_image))
             label = one_hot(labels.pseudo_label, labels.soft_label.shape[1])
         self.mixed_loss(batch, label, labels.weight).backward()
         return ""
@@ -124,10 +126,11 @@ class SoftLabels(Teaching):
     """The teacher's softmax, T = 1."""
 
     title = "soft pseudo-labels, T = 1"
+    weight = "ratio"
 
     def teach(self, teacher: SmallUNet, batch: Batch) -> str:
         with torch.no_grad():
-            labels = SoftPseudoLabeler(None, threshold=self.recipe.threshold, weight="ratio")(teacher(batch.target_image))
+            labels = SoftPseudoLabeler(None, threshold=self.recipe.threshold, weight=self.weight)(teacher(batch.target_image))
         self.mixed_loss(batch, labels.soft_label, labels.weight).backward()
         return ""
 
@@ -175,9 +178,9 @@ class Bilevel(Teaching):
 
 
 class DACal(Teaching):
-    """Soft labels whose temperatures are fitted on blends of target images: the best of what `benchmarks/uda.py` compared."""
+    """Soft labels whose temperatures are fitted on blends of target images; weights by confidence. The package's default."""
 
-    title = "DA-Cal, fitted"
+    title = "fitted temperatures"
 
     def __init__(self, student: SmallUNet, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
         super().__init__(student, optimizer, recipe)
