@@ -15,7 +15,7 @@ from torch.func import functional_call
 from uda_methods import Method
 
 from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, soft_cross_entropy
-from dacal_addon.demo.self_training import Batch, DACal, Recipe, Teaching
+from dacal_addon.demo.self_training import Batch, Recipe, Teaching
 from dacal_addon.losses import CrossEntropyAndGap, calibration_gap, cross_entropy
 from dacal_addon.mixing import cut_mask, mix
 from dacal_addon.outer_sets import OUTER_SETS, DomainBatch, OuterBatch, target_mixup
@@ -260,16 +260,6 @@ def _net(student: Any, design: Design) -> nn.Module:
     )
 
 
-class FittedToTruth(DACal):
-    """Bound: DA-Cal's temperatures fitted on the target's true labels instead of on blends."""
-
-    def fit_temperatures(self, teacher: Any, batch: Batch, logits: Tensor) -> None:
-        loss = F.cross_entropy(logits / self.temperature_net(logits), batch.target_label)
-        self.fit.optimizer.zero_grad()
-        loss.backward()
-        self.fit.optimizer.step()
-
-
 def _bilevel(title: str, **changes: Any) -> Method:
     return Method(title, partial(Variant, design=Design()._replace(**changes)))
 
@@ -332,5 +322,4 @@ ABLATION: Dict[str, Method] = {
     "fit-weight-class": _fitted("weights by confidence within a predicted class", weight="class"),
     "fit-weight-calibrated": _fitted("weights by calibrated confidence", weight="calibrated"),
     "fit-and-bilevel": _fitted("with the bilevel step besides", learn=("fit", "bilevel")),
-    "fit-truth": Method("bound: fitted on the target's true labels", FittedToTruth, bound=True),
 }

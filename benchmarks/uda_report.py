@@ -239,7 +239,7 @@ def ablation_figure(rows: Sequence[Row], ablation: Mapping[str, Method]) -> Any:
         figure, axes = plots.new_figure(1, 1, (6.0, 4.2))
         axis = axes[0, 0]
         for prefix, title, colour, marker in groups:
-            chosen = [runs for name, runs in of.items() if name.startswith(prefix) and not ablation[name].bound and runs]
+            chosen = [runs for name, runs in of.items() if name.startswith(prefix) and runs]
             x, y = ([statistics.mean(values(runs, figure_, 100)) for runs in chosen] for figure_ in ("ece", "miou"))
             axis.plot(x, y, linestyle="", marker=marker, color=colour, markersize=5, alpha=0.8, label=title)
         for name, marker, colour in (
