@@ -1,14 +1,16 @@
 """What `uda.py` compares beside the demo's methods: calibration losses from other papers, and bounds that see target labels."""
 
-from typing import Any, Callable, Dict, NamedTuple
+from functools import partial
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dacal_addon import SoftPseudoLabeler
+from dacal_addon import MetaTemperatureNet, SoftPseudoLabeler
+from dacal_addon.demo.network import SmallUNet
 from dacal_addon.demo.self_training import METHODS as OF_THE_DEMO
-from dacal_addon.demo.self_training import Batch, DACal, HardLabels, SoftLabels, Teaching
+from dacal_addon.demo.self_training import Batch, HardLabels, Recipe, SoftLabels, Teaching
 from dacal_addon.pseudo_labels import one_hot, soft_label
 
 
@@ -128,19 +130,46 @@ class TrueLabels(Teaching):
         return ""
 
 
-class FittedToTruth(DACal):
-    """Bound: the temperatures of `dacal` fitted on the target's true labels instead of on blends.
+class FittedToTruth(Teaching):
+    """Bound: as `dacal`, but its temperatures are fitted on the target's true labels instead of on blends.
 
-    What the blends cost: the net sees the same, and is asked for the same.
+    What the blends cost; and with a net that sees the teacher's logits and features too, how far these know its errors.
     """
 
     title = "bound: temperatures fitted to the truth"
 
-    def fit_temperatures(self, teacher: Any, batch: Batch, logits: Tensor) -> None:
-        loss = F.cross_entropy(logits / self.temperature_net(logits), batch.target_label)
-        self.fit.optimizer.zero_grad()
-        loss.backward()
-        self.fit.optimizer.step()
+    def __init__(
+        self, student: SmallUNet, optimizer: torch.optim.Optimizer, recipe: Recipe, *, sees_features: bool = False
+    ) -> None:
+        super().__init__(student, optimizer, recipe)
+        self.sees_features = sees_features
+        net = MetaTemperatureNet(
+            student.head.out_channels,
+            feature_channels=student.feature_channels if sees_features else 0,
+            sees="logits" if sees_features else "confidence",
+        )
+        self.temperature_net = net.to(next(student.parameters()).device)
+        self.temperature_optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
+        self.label = SoftPseudoLabeler(net, threshold=recipe.threshold)
+
+    def teach(self, teacher: SmallUNet, batch: Batch) -> str:
+        with torch.no_grad():
+            logits, features = self.see(teacher, batch.target_image)
+        self.temperature_optimizer.zero_grad()
+        F.cross_entropy(logits / self.temperature_net(logits, features), batch.target_label).backward()
+        self.temperature_optimizer.step()
+        with torch.no_grad():
+            labels = self.label(logits, features=features)
+        self.mixed_loss(batch, labels.soft_label, labels.weight).backward()
+        return ""
+
+    def see(self, teacher: SmallUNet, image: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+        features = teacher.features(image)
+        return teacher.logits(features), features if self.sees_features else None
+
+    def temperature(self, teacher: SmallUNet, image: Tensor) -> Tensor:
+        temperature: Tensor = self.temperature_net(*self.see(teacher, image))
+        return temperature
 
 
 def _of_the_demo(name: str, **options: Any) -> Method:
@@ -158,6 +187,9 @@ METHODS: Dict[str, Method] = {
     "dacal-bilevel": _of_the_demo("dacal-bilevel", seeds=5),
     "dacal": _of_the_demo("dacal", seeds=5, post_hoc=True),
     "bound-fitted": Method(FittedToTruth.title, FittedToTruth, bound=True),
+    "bound-features": Method(
+        f"{FittedToTruth.title}, from logits and features", partial(FittedToTruth, sees_features=True), bound=True
+    ),
     "bound-temperature": Method(TruthTemperature.title, TruthTemperature, bound=True),
     "bound-labels": Method(TrueLabels.title, TrueLabels, bound=True),
 }
