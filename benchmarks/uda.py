@@ -232,7 +232,7 @@ def train_missing(results: Results, options: argparse.Namespace) -> None:
     if options.quick:
         options.iterations = options.iterations or 8
     datasets = options.datasets or (["streets"] if options.ablation else list(NAMES))
-    methods = options.methods or list((*BASES, *ABLATION) if options.ablation else METHODS)
+    methods = list(dict.fromkeys(options.methods or ((*BASES, *ABLATION) if options.ablation else METHODS)))
     train_images, test_images = (16, 8) if options.quick else (None, 100)
     cores = len(os.sched_getaffinity(0))
     at_once = options.jobs or (cores if options.device == "cpu" else 1)

@@ -48,7 +48,8 @@ class Design(NamedTuple):
     step_scale: float = 1.0
     """Times the learning rate of the virtual step."""
     virtual_steps: int = 1
-    fit_set: str = "differing"
+    fit_sets: Tuple[str, ...] = ("differing",)
+    """Several count equally, whatever their pixels."""
     fit_loss: str = "cross_entropy"
     fit_lr: float = 2e-3
 
@@ -190,11 +191,14 @@ class Variant(Teaching):
 
     def fit(self, teacher: Any, batch: Batch, logits: Tensor) -> None:
         """A step of the temperatures towards the labels of images that have some."""
-        judged = SETS[self.design.fit_set](self.domain(batch, logits, strong=False), generator=batch.generator)
-        with preserved(teacher), torch.no_grad():
-            z, maps = self.see(teacher, judged.image)
-        temperature = self.temperature_net(z, maps)
-        loss = LOSSES[self.design.fit_loss](z / temperature, judged.label) + self.prior(temperature)
+        losses = []
+        for name in self.design.fit_sets:
+            judged = SETS[name](self.domain(batch, logits, strong=False), generator=batch.generator)
+            with preserved(teacher), torch.no_grad():
+                z, maps = self.see(teacher, judged.image)
+            temperature = self.temperature_net(z, maps)
+            losses.append(LOSSES[self.design.fit_loss](z / temperature, judged.label) + self.prior(temperature))
+        loss = torch.stack(losses).mean()
         self.descend(self.fit_optimizer, torch.autograd.grad(loss, list(self.temperature_net.parameters())))
 
     def look_ahead(self, batch: Batch, logits: Tensor, maps: Optional[Tensor]) -> None:
@@ -306,11 +310,13 @@ ABLATION: Dict[str, Method] = {
     "fit-disagreement": _fitted("net sees where student and teacher disagree too", sees="confidence+disagreement"),
     "fit-context-1": _fitted("net sees 1 pixel", context=(0, 0)),
     "fit-context-31": _fitted("net sees 31 x 31 pixels", context=(1, 2, 4, 8)),
-    "fit-mixup": _fitted("fitted on all pixels of the blends", fit_set="target_mixup"),
-    "fit-80": _fitted("blends of 80 to 20", fit_set="differing_80"),
-    "fit-pasted": _fitted("fitted on source pixels pasted into target", fit_set="source_pixels"),
-    "fit-restyled": _fitted("fitted on restyled source", fit_set="restyled"),
-    "fit-cut-mix": _fitted("fitted on cut-mix of target images", fit_set="cut_mix"),
+    "fit-mixup": _fitted("fitted on all pixels of the blends", fit_sets=("target_mixup",)),
+    "fit-80": _fitted("blends of 80 to 20", fit_sets=("differing_80",)),
+    "fit-pasted": _fitted("fitted on source pixels pasted into target", fit_sets=("source_pixels",)),
+    "fit-restyled": _fitted("fitted on restyled source", fit_sets=("restyled",)),
+    "fit-blends-and-pasted": _fitted("fitted on blends and pasted source", fit_sets=("differing", "source_pixels")),
+    "fit-blends-and-restyled": _fitted("fitted on blends and restyled source", fit_sets=("differing", "restyled")),
+    "fit-cut-mix": _fitted("fitted on cut-mix of target images", fit_sets=("cut_mix",)),
     "fit-brier": _fitted("fitted by Brier", fit_loss="brier"),
     "fit-gap": _fitted("fitted by binned gap, l2", fit_loss="gap"),
     "fit-lr-5e-4": _fitted("learning rate 5e-4", fit_lr=5e-4),
