@@ -327,5 +327,9 @@ ABLATION: Dict[str, Method] = {
     "fit-softening": _fitted("T at least 1", min_temperature=1.0),
     "fit-weight-class": _fitted("weights by confidence within a predicted class", weight="class"),
     "fit-weight-calibrated": _fitted("weights by calibrated confidence", weight="calibrated"),
+    "fit-pixel-ratio": _fitted("net sees 1 pixel, weights ratio", context=(0, 0), weight="ratio"),
+    "fit-pixel-ratio-brier": _fitted(
+        "net sees 1 pixel, weights ratio, fitted by Brier", context=(0, 0), weight="ratio", fit_loss="brier"
+    ),
     "fit-and-bilevel": _fitted("with the bilevel step besides", learn=("fit", "bilevel")),
 }

@@ -1,5 +1,6 @@
 """uda.md and the figures, from the runs in uda.json."""
 
+import itertools
 import statistics
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
@@ -195,7 +196,7 @@ def frontier(rows: Sequence[Row], datasets: Sequence[str], table: Mapping[str, M
         "dacal-bilevel": plots.BLUE,
         "dacal": plots.ORANGE,
     }
-    others = iter(["#7F7F7F", "#56B4E9", "#CC79A7", "#009E73", "#E69F00", "#999999", "#BBBBBB"])
+    others = itertools.cycle(["#7F7F7F", "#56B4E9", "#CC79A7", "#009E73", "#E69F00", "#999999", "#BBBBBB"])
     colours = {name: colours[name] if name in colours else next(others) for name in table}
     markers = {"": "o", "ts": "^", "lts": "v", "transcal": "<", "pseudocal": "D", "oracle-ts": "x"}
     with plots.styled():
