@@ -1,7 +1,8 @@
 """The search for DA-Cal's configuration: what the temperatures are learned by, from, on and for, one change at a time.
 
-Two families, each varied around a method of the table: `bilevel-*` around `dacal-bilevel` (the paper's meta-step) and `fit-*`
-around `dacal` (temperatures fitted directly). All are trained and scored by `uda.py --ablation`.
+Three families, each varied around a method: `bilevel-*` around `dacal-bilevel` (the paper's meta-step); `first-*` around
+`first`, the first configuration of temperatures fitted directly, from which the search went on to the default; `fit-*` around
+that, `dacal`. All are trained and scored by `uda.py --ablation`.
 """
 
 from functools import partial
@@ -16,7 +17,7 @@ from uda_methods import Method
 
 from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, soft_cross_entropy
 from dacal_addon.demo.self_training import Batch, Recipe, Teaching
-from dacal_addon.losses import CrossEntropyAndGap, calibration_gap, cross_entropy
+from dacal_addon.losses import CrossEntropyAndGap, brier, calibration_gap, cross_entropy
 from dacal_addon.mixing import cut_mask, mix
 from dacal_addon.outer_sets import OUTER_SETS, DomainBatch, OuterBatch, target_mixup
 from dacal_addon.preserve import preserved
@@ -54,7 +55,8 @@ class Design(NamedTuple):
     fit_lr: float = 2e-3
 
 
-FITTED = Design(learn=("fit",), sees="confidence", weight="confidence")
+FIRST = Design(learn=("fit",), sees="confidence", weight="confidence")
+FITTED = Design(learn=("fit",), sees="confidence", context=(0, 0), fit_loss="brier")
 """`dacal`."""
 
 
@@ -88,13 +90,6 @@ SETS: Dict[str, Callable[..., OuterBatch]] = {
     "cut_mix": target_cut_mix,
     "restyled": restyled_source,
 }
-
-
-def brier(logits: Tensor, label: Tensor, weight: Optional[Tensor] = None) -> Tensor:
-    """The mean over judged pixels of the squared distance of softmax and label."""
-    error = (F.softmax(logits, 1) - one_hot(label, logits.shape[1])).pow(2).sum(1)
-    error = error if weight is None else error * weight
-    return error.masked_fill(label == IGNORED, 0.0).sum() / (label != IGNORED).sum().clamp(min=1)
 
 
 def cross_entropy_and_brier(logits: Tensor, label: Tensor, weight: Optional[Tensor] = None) -> Tensor:
@@ -251,14 +246,15 @@ def _net(student: Any, design: Design) -> nn.Module:
     classes = student.head.out_channels
     if design.sees == "nothing":
         return OneTemperature()
+    kernel_size = 3 if any(design.context) else 1
     if design.sees.endswith("features"):
         sees = "confidence" if design.sees.startswith("confidence") else "logits"
-        return MetaTemperatureNet(classes, feature_channels=student.feature_channels, sees=sees)
+        return MetaTemperatureNet(classes, feature_channels=student.feature_channels, sees=sees, kernel_size=kernel_size)
     return ContextNet(
         classes,
         extra=2 * design.sees.endswith("disagreement"),
         sees_classes=not design.sees.startswith("confidence"),
-        kernel=3 if any(design.context) else 1,
+        kernel=kernel_size,
         dilations=[max(1, dilation) for dilation in design.context],
         min_temperature=design.min_temperature,
     )
@@ -266,6 +262,10 @@ def _net(student: Any, design: Design) -> nn.Module:
 
 def _bilevel(title: str, **changes: Any) -> Method:
     return Method(title, partial(Variant, design=Design()._replace(**changes)))
+
+
+def _first(title: str, **changes: Any) -> Method:
+    return Method(title, partial(Variant, design=FIRST._replace(**changes)))
 
 
 def _fitted(title: str, **changes: Any) -> Method:
@@ -304,32 +304,50 @@ ABLATION: Dict[str, Method] = {
     "bilevel-step-0.1": _bilevel("by hand, a tenth of the virtual step", step_scale=0.1),
     "bilevel-step-10": _bilevel("by hand, ten times the virtual step", step_scale=10.0),
     "bilevel-3-steps": _bilevel("by hand, 3 virtual steps", virtual_steps=3),
+    "first": _first("first configuration: 7 x 7 pixels, weights by confidence, cross-entropy"),
+    "first-one": _first("one temperature for all pixels, learning rate 1e-2", sees="nothing", fit_lr=1e-2),
+    "first-logits": _first("net sees logits too", sees="logits"),
+    "first-features": _first("net sees logits and features too", sees="features"),
+    "first-disagreement": _first("net sees where student and teacher disagree too", sees="confidence+disagreement"),
+    "first-context-1": _first("net sees 1 pixel", context=(0, 0)),
+    "first-context-31": _first("net sees 31 x 31 pixels", context=(1, 2, 4, 8)),
+    "first-mixup": _first("fitted on all pixels of the blends", fit_sets=("target_mixup",)),
+    "first-80": _first("blends of 80 to 20", fit_sets=("differing_80",)),
+    "first-pasted": _first("fitted on source pixels pasted into target", fit_sets=("source_pixels",)),
+    "first-restyled": _first("fitted on restyled source", fit_sets=("restyled",)),
+    "first-blends-and-pasted": _first("fitted on blends and pasted source", fit_sets=("differing", "source_pixels")),
+    "first-blends-and-restyled": _first("fitted on blends and restyled source", fit_sets=("differing", "restyled")),
+    "first-cut-mix": _first("fitted on cut-mix of target images", fit_sets=("cut_mix",)),
+    "first-brier": _first("fitted by Brier", fit_loss="brier"),
+    "first-gap": _first("fitted by binned gap, l2", fit_loss="gap"),
+    "first-lr-5e-4": _first("learning rate 5e-4", fit_lr=5e-4),
+    "first-lr-1e-2": _first("learning rate 1e-2", fit_lr=1e-2),
+    "first-prior": _first("prior: + 0.1 (log T)^2", prior=0.1),
+    "first-weight-ratio": _first("DAFormer's weights (ratio)", weight="ratio"),
+    "first-weight-none": _first("weights 1", weight="none"),
+    "first-softening": _first("T at least 1", min_temperature=1.0),
+    "first-weight-class": _first("weights by confidence within a predicted class", weight="class"),
+    "first-weight-calibrated": _first("weights by calibrated confidence", weight="calibrated"),
+    "first-pixel-ratio": _first("net sees 1 pixel, weights ratio", context=(0, 0), weight="ratio"),
+    "first-pixel-ratio-brier": _first(
+        "net sees 1 pixel, weights ratio, fitted by Brier", context=(0, 0), weight="ratio", fit_loss="brier"
+    ),
+    "first-and-bilevel": _first("with the bilevel step besides", learn=("fit", "bilevel")),
     "fit-one": _fitted("one temperature for all pixels, learning rate 1e-2", sees="nothing", fit_lr=1e-2),
     "fit-logits": _fitted("net sees logits too", sees="logits"),
     "fit-features": _fitted("net sees logits and features too", sees="features"),
-    "fit-disagreement": _fitted("net sees where student and teacher disagree too", sees="confidence+disagreement"),
-    "fit-context-1": _fitted("net sees 1 pixel", context=(0, 0)),
-    "fit-context-31": _fitted("net sees 31 x 31 pixels", context=(1, 2, 4, 8)),
+    "fit-context-7": _fitted("net sees 7 x 7 pixels", context=(1, 2)),
     "fit-mixup": _fitted("fitted on all pixels of the blends", fit_sets=("target_mixup",)),
     "fit-80": _fitted("blends of 80 to 20", fit_sets=("differing_80",)),
     "fit-pasted": _fitted("fitted on source pixels pasted into target", fit_sets=("source_pixels",)),
     "fit-restyled": _fitted("fitted on restyled source", fit_sets=("restyled",)),
     "fit-blends-and-pasted": _fitted("fitted on blends and pasted source", fit_sets=("differing", "source_pixels")),
-    "fit-blends-and-restyled": _fitted("fitted on blends and restyled source", fit_sets=("differing", "restyled")),
-    "fit-cut-mix": _fitted("fitted on cut-mix of target images", fit_sets=("cut_mix",)),
-    "fit-brier": _fitted("fitted by Brier", fit_loss="brier"),
+    "fit-cross-entropy": _fitted("fitted by cross-entropy", fit_loss="cross_entropy"),
     "fit-gap": _fitted("fitted by binned gap, l2", fit_loss="gap"),
     "fit-lr-5e-4": _fitted("learning rate 5e-4", fit_lr=5e-4),
     "fit-lr-1e-2": _fitted("learning rate 1e-2", fit_lr=1e-2),
     "fit-prior": _fitted("prior: + 0.1 (log T)^2", prior=0.1),
-    "fit-weight-ratio": _fitted("DAFormer's weights (ratio)", weight="ratio"),
+    "fit-weight-confidence": _fitted("weights by confidence", weight="confidence"),
     "fit-weight-none": _fitted("weights 1", weight="none"),
-    "fit-softening": _fitted("T at least 1", min_temperature=1.0),
-    "fit-weight-class": _fitted("weights by confidence within a predicted class", weight="class"),
-    "fit-weight-calibrated": _fitted("weights by calibrated confidence", weight="calibrated"),
-    "fit-pixel-ratio": _fitted("net sees 1 pixel, weights ratio", context=(0, 0), weight="ratio"),
-    "fit-pixel-ratio-brier": _fitted(
-        "net sees 1 pixel, weights ratio, fitted by Brier", context=(0, 0), weight="ratio", fit_loss="brier"
-    ),
     "fit-and-bilevel": _fitted("with the bilevel step besides", learn=("fit", "bilevel")),
 }

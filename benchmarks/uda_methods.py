@@ -11,6 +11,7 @@ from dacal_addon import MetaTemperatureNet, SoftPseudoLabeler
 from dacal_addon.demo.network import SmallUNet
 from dacal_addon.demo.self_training import METHODS as OF_THE_DEMO
 from dacal_addon.demo.self_training import Batch, HardLabels, Recipe, SoftLabels, Teaching
+from dacal_addon.losses import brier
 from dacal_addon.pseudo_labels import one_hot, soft_label
 
 
@@ -64,14 +65,14 @@ class AugCal(HardLabels):
 
 
 class WeightedHardLabels(HardLabels):
-    """Control: what the weights of `dacal` do by themselves."""
+    """Weights that follow each pixel's confidence: a first configuration of `dacal` had them."""
 
     title = "hard pseudo-labels, weights by confidence"
     weight = "confidence"
 
 
 class WeightedSoftLabels(SoftLabels):
-    """Control: `dacal` without its temperatures."""
+    """The same with soft labels."""
 
     title = "soft pseudo-labels, T = 1, weights by confidence"
     weight = "confidence"
@@ -147,6 +148,7 @@ class FittedToTruth(Teaching):
             student.head.out_channels,
             feature_channels=student.feature_channels if sees_features else 0,
             sees="logits" if sees_features else "confidence",
+            kernel_size=3 if sees_features else 1,
         )
         self.temperature_net = net.to(next(student.parameters()).device)
         self.temperature_optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
@@ -156,7 +158,7 @@ class FittedToTruth(Teaching):
         with torch.no_grad():
             logits, features = self.see(teacher, batch.target_image)
         self.temperature_optimizer.zero_grad()
-        F.cross_entropy(logits / self.temperature_net(logits, features), batch.target_label).backward()
+        brier(logits / self.temperature_net(logits, features), batch.target_label).backward()
         self.temperature_optimizer.step()
         with torch.no_grad():
             labels = self.label(logits, features=features)
@@ -181,7 +183,7 @@ METHODS: Dict[str, Method] = {
     "hard": _of_the_demo("hard", seeds=5, post_hoc=True),
     "soft": _of_the_demo("soft", seeds=5),
     "hard-weighted": Method(WeightedHardLabels.title, WeightedHardLabels),
-    "soft-weighted": Method(WeightedSoftLabels.title, WeightedSoftLabels, seeds=5),
+    "soft-weighted": Method(WeightedSoftLabels.title, WeightedSoftLabels),
     "mbls": Method(MarginSmoothing.title, MarginSmoothing),
     "augcal": Method(AugCal.title, AugCal),
     "dacal-bilevel": _of_the_demo("dacal-bilevel", seeds=5),

@@ -84,9 +84,11 @@ def ablation_lines(rows: Sequence[Row], table: Mapping[str, Method], ablation: M
     """The search: every variant beside the method that it varies, on the same seeds."""
     lines = ["## The search, on streets, student", "", "One change at a time of what stands above in bold, on the same seeds."]
     of = by_method([row for row in rows if row["dataset"] == "streets"], "student")
+    methods = {**table, **ablation}
     for base, prefix, title in (
         ("dacal-bilevel", "bilevel-", "Learned by the bilevel step"),
-        ("dacal", "fit-", "Fitted directly"),
+        ("first", "first-", "Fitted directly, first round"),
+        ("dacal", "fit-", "Fitted directly, second round"),
     ):
         variants = [name for name in ablation if name.startswith(prefix) and name in of]
         seeds = {seed for name in variants for seed in of[name]}
@@ -95,12 +97,11 @@ def ablation_lines(rows: Sequence[Row], table: Mapping[str, Method], ablation: M
             own = {seed: run for seed, run in of.get(name, {}).items() if seed in seeds}
             varied = {seed: run for seed, run in of.get(base, {}).items() if seed in own}
             if own:
-                title_ = ablation[name].title if name in ablation else f"**{title_of(name, table)}**"
-                body.append([title_, *cells(own), *against(own, varied)])
+                bold = "" if name in variants else "**"
+                body.append([f"{bold}{title_of(name, methods)}{bold}", *cells(own), *against(own, varied)])
         if variants:
-            other = table[base].title
             lines += ["", f"### {title}", ""]
-            lines += markdown(["change", *FIGURES, f"mIoU against {other}", f"ECE against {other}"], body)
+            lines += markdown(["change", *FIGURES, "mIoU against the last in bold", "ECE against the same"], body)
     return lines
 
 
@@ -234,7 +235,8 @@ def ablation_figure(rows: Sequence[Row], ablation: Mapping[str, Method]) -> Any:
     of = {name: {seed: row for seed, row in runs.items() if seed in seeds} for name, runs in of.items()}
     groups = [
         ("bilevel-", "learned by the bilevel step", plots.SKY, "o"),
-        ("fit-", "fitted directly", plots.ORANGE, "s"),
+        ("first", "fitted directly, first round", "#E69F00", "s"),
+        ("fit-", "fitted directly, second round", plots.ORANGE, "D"),
     ]
     with plots.styled():
         figure, axes = plots.new_figure(1, 1, (6.0, 4.2))

@@ -65,6 +65,28 @@ def cross_entropy(logits: Tensor, label: Tensor, weight: Optional[Tensor] = None
     return _mean_over(label != ignore_index, loss, _checked_weight("cross_entropy", weight, loss))
 
 
+def brier(logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, ignore_index: int = 255) -> Tensor:
+    """Outer loss, and that of `TemperatureFit`: mean of weight * |softmax - one-hot label|^2 over the judged pixels.
+
+    Proper as cross-entropy is, but a pixel costs at most 2: labels that are themselves wrong now and then weigh less.
+
+    Args and returns: as `cross_entropy`.
+
+    Example:
+        >>> brier(torch.zeros(1, 4, 1, 2), torch.tensor([[[3, 255]]])).item()  # 9/16 + 3/16
+        0.75
+
+    Source: Brier (Monthly Weather Review, 1950).
+    """
+    check_logits("brier", "logits", logits)
+    n, _, h, w = logits.shape
+    check_label("brier", "label", label, shape=(n, h, w))
+    judged = label != ignore_index
+    p = F.softmax(_at_least_float32(logits), dim=1)
+    of_label = p.gather(1, label.masked_fill(~judged, 0).unsqueeze(1))[:, 0]
+    return _mean_over(judged, p.pow(2).sum(1) - 2 * of_label + 1, _checked_weight("brier", weight, of_label))
+
+
 def calibration_gap(
     logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, n_bins: int = 15, ignore_index: int = 255
 ) -> Tensor:

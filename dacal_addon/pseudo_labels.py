@@ -17,7 +17,7 @@ from ._check import (
     problem,
 )
 
-WEIGHTS = ("confidence", "ratio", "threshold", "none")
+WEIGHTS = ("ratio", "confidence", "threshold", "none")
 
 
 class SoftPseudoLabels(NamedTuple):
@@ -60,7 +60,7 @@ def soft_label(logits: Tensor, temperature: Tensor) -> Tensor:
     return F.softmax((z if z.dtype == torch.float64 else z.float()) / t, dim=1)
 
 
-def confidence_weight(logits: Tensor, *, mode: str = "confidence", threshold: float = 0.968) -> Tensor:
+def confidence_weight(logits: Tensor, *, mode: str = "ratio", threshold: float = 0.968) -> Tensor:
     """Per-pixel loss weights from the teacher's plain confidence, max softmax(logits).
 
     Never from the calibrated one: a weight that depends on the temperature would let the bilevel step lower its loss by
@@ -70,7 +70,7 @@ def confidence_weight(logits: Tensor, *, mode: str = "confidence", threshold: fl
         logits: (N, C, H, W), floating; detached.
         mode: "ratio": every pixel of the batch gets the share of pixels whose confidence is >= `threshold`, as in DACS
             and DAFormer; "confidence": the same on average, but within the batch in proportion to the square of a pixel's
-            confidence, so that what the teacher doubts counts less (about a point of mIoU in `benchmarks/uda.py`);
+            confidence, so that what the teacher doubts counts less;
             "threshold": 1 where the confidence is >= `threshold`, else 0; "none": 1 everywhere.
         threshold: in 0..1; 0.968 is DAFormer's.
 
@@ -109,7 +109,7 @@ class SoftPseudoLabeler:
     Args:
         temperature_net: maps (logits, features) to temperatures (N, 1, H, W), as `MetaTemperatureNet` does; None for
             T = 1, uncalibrated soft labels.
-        weight: "confidence", "ratio" (DACS and DAFormer), "threshold" or "none", see `confidence_weight`.
+        weight: "ratio" (DACS and DAFormer), "confidence", "threshold" or "none", see `confidence_weight`.
         threshold: the confidence that counts as sure, in 0..1.
         ignore_top, ignore_bottom: rows at the image's edges whose weight is 0. DAFormer ignores the rectification border
             (15 rows) and the car's bonnet (120 rows) of Cityscapes.
@@ -125,7 +125,7 @@ class SoftPseudoLabeler:
         self,
         temperature_net: Optional[Callable[..., Tensor]],
         *,
-        weight: str = "confidence",
+        weight: str = "ratio",
         threshold: float = 0.968,
         ignore_top: int = 0,
         ignore_bottom: int = 0,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._check import check_choice, check_logits, check_number, check_tensor, describe, problem
+from ._check import check_choice, check_logits, check_number, check_tensor, check_whole, describe, problem
 
 SEES = ("logits", "confidence")
 # exp(-9) is about 1e-4: below that a class is out of the question and how far out says nothing more. Without a floor one
@@ -114,7 +114,9 @@ class MetaTemperatureNet(nn.Module):
         sees: "confidence", the margin and the entropy of `temperature_features`, or "logits", the class log-probabilities
             too. Which classes compete tells more, but only confidence means the same on a clean image and on one mixed of
             two, where temperatures are learned: with "logits" the calibration error was higher (`benchmarks/README.md`).
-        hidden_channels: width of the net. The default gives 2,641 parameters, and 5,377 with "logits" and C = 19.
+        kernel_size: of two of the convolutions, odd. 1: a pixel's temperature depends on that pixel alone (and on the
+            interpolated features); 3: on 7 x 7 pixels.
+        hidden_channels: width of the net. The default gives 337 parameters, and 5,377 with "logits", kernel_size=3 and C = 19.
         initial_temperature: T before the first update. > 0.
         max_ratio: T stays within a factor of this of `initial_temperature`. > 1.
         generator: source of the initial weights; by default one with seed 0.
@@ -138,6 +140,7 @@ class MetaTemperatureNet(nn.Module):
         *,
         feature_channels: int = 0,
         sees: str = "confidence",
+        kernel_size: int = 1,
         hidden_channels: int = 16,
         initial_temperature: float = 1.0,
         max_ratio: float = 5.0,
@@ -148,6 +151,9 @@ class MetaTemperatureNet(nn.Module):
         check_number(name, "num_classes", num_classes, low=2, rule=">= 2")
         check_number(name, "feature_channels", feature_channels, low=0, rule=">= 0")
         check_choice(name, "sees", sees, SEES)
+        check_whole(name, "kernel_size", kernel_size, low=1)
+        if kernel_size % 2 == 0:
+            raise problem(name, expected="an odd kernel_size", got=f"{kernel_size}", remedy="use 1 or 3")
         check_number(name, "hidden_channels", hidden_channels, low=1, rule=">= 1")
         check_number(name, "initial_temperature", initial_temperature, low=1e-6, high=1e6, rule="in [1e-6, 1e6]")
         check_number(name, "max_ratio", max_ratio, low=1 + 1e-6, high=1e6, rule="> 1 (and at most 1e6)")
@@ -162,8 +168,11 @@ class MetaTemperatureNet(nn.Module):
             self.reduce = nn.Conv2d(feature_channels, reduced, 1) if feature_channels else None
             self.layers = nn.ModuleList(
                 [
-                    nn.Conv2d((num_classes + 2 if sees == "logits" else 2) + reduced, hidden_channels, 3, padding=1),
-                    nn.Conv2d(hidden_channels, hidden_channels, 3, padding=2, dilation=2),
+                    nn.Conv2d(a, hidden_channels, kernel_size, padding=d * (kernel_size // 2), dilation=d)
+                    for a, d in (
+                        ((num_classes + 2 if sees == "logits" else 2) + reduced, 1),
+                        (hidden_channels, min(2, kernel_size)),
+                    )
                 ]
             )
             self.last = nn.Conv2d(hidden_channels, 1, 1)

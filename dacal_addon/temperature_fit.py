@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ._check import check_logits, check_number
-from .losses import cross_entropy
+from .losses import brier
 from .mixing import mixup_pairs
 from .preserve import preserved
 from .ranks import Ranks
@@ -18,9 +18,9 @@ Teacher = Callable[[Tensor], Union[Tensor, Tuple[Tensor, Tensor]]]
 class TemperatureFit:
     """Gives the temperature net one step towards the calibrated soft label, beside or instead of `BilevelCalibrationStep`.
 
-    Each call blends every target image with another one of the batch, 65 to 35, asks the teacher, and lowers the negative
-    log-likelihood of softmax(z / T) under the pseudo-labels of the dominant images, on the pixels whose two pseudo-labels
-    differ. On such blends a network errs about as often as on the target itself, but there the label is known (PseudoCal).
+    Each call blends every target image with another one of the batch, 65 to 35, asks the teacher, and lowers the Brier score
+    of softmax(z / T) under the pseudo-labels of the dominant images, on the pixels whose two pseudo-labels differ. On such
+    blends a network errs about as often as on the target itself, but there the label is known (PseudoCal).
     PseudoCal fits one temperature after training; here a net of them follows the teacher while it trains.
 
     It costs one forward pass of the teacher without gradient, and the temperature net's forward and backward pass.
@@ -36,6 +36,7 @@ class TemperatureFit:
             images, as confidence does: with the logits or features as inputs too it learned less that was true of clean
             ones (`benchmarks/README.md`).
         optimizer: of its parameters, e.g. `torch.optim.Adam(temperature_net.parameters(), lr=2e-3)`.
+        loss: `(softmax's logits, label, *, ignore_index) -> scalar`, as `losses.brier` and `losses.cross_entropy` are.
         share: of the dominant image.
         ignore_index: of `pseudo_label`, where a pixel must not be used.
         process_group: the ranks that share a batch; None for all.
@@ -59,6 +60,7 @@ class TemperatureFit:
         temperature_net: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
+        loss: Callable[..., Tensor] = brier,
         share: float = 0.65,
         ignore_index: int = 255,
         process_group: Any = None,
@@ -66,6 +68,7 @@ class TemperatureFit:
         check_number("TemperatureFit", "share", share, low=0.5, high=1.0, rule="in [0.5, 1]")
         self.temperature_net = temperature_net
         self.optimizer = optimizer
+        self.loss = loss
         self.share = share
         self.ignore_index = ignore_index
         self.process_group = process_group
@@ -81,7 +84,7 @@ class TemperatureFit:
             generator: pairs the images.
 
         Returns:
-            The negative log-likelihood before the step, in nats; NaN where no pair of labels differed, and no step was taken.
+            The loss before the step; NaN where no pair of labels differed, and no step was taken.
         """
         image, label = mixup_pairs(
             target_image, pseudo_label, generator=generator, share=self.share, differing=True, ignore_index=self.ignore_index
@@ -101,7 +104,7 @@ class TemperatureFit:
         inputs = answer if isinstance(answer, tuple) else (answer,)
         logits = inputs[0]
         check_logits("TemperatureFit", "logits", logits)
-        loss = cross_entropy(logits / self.temperature_net(*inputs), label, ignore_index=self.ignore_index)
+        loss = self.loss(logits / self.temperature_net(*inputs), label, ignore_index=self.ignore_index)
         loss = loss * (judged / on_average).to(loss.dtype)
         grads = ranks.average(torch.autograd.grad(loss, parameters), parameters)
         # .grad is None outside these lines: a host whose optimizer owns every parameter of its module must not see it.

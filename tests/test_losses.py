@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dacal_addon import soft_cross_entropy
-from dacal_addon.losses import CrossEntropyAndGap, calibration_gap, cross_entropy
+from dacal_addon.losses import CrossEntropyAndGap, brier, calibration_gap, cross_entropy
+from dacal_addon.metrics import brier_score
 from dacal_addon.pseudo_labels import one_hot
 
 seeds = st.integers(0, 10**6)
@@ -71,6 +72,8 @@ def test_ignored_pixels_count_exactly_zero_even_with_infinite_logits():
     assert float(soft_cross_entropy(z, one_hot(nothing, 4).double())) == 0.0
     assert float(cross_entropy(z, nothing)) == 0.0
     assert float(calibration_gap(z, nothing)) == 0.0
+    assert float(brier(z, nothing)) == 0.0
+    assert float(brier(spoilt, label)) == float(brier(z, label))
 
 
 def test_a_class_masked_out_costs_nothing_where_it_is_not_the_label():
@@ -95,6 +98,19 @@ def test_half_precision_is_upcast():
 
 
 @settings(max_examples=30, deadline=None)
+@given(seeds)
+def test_brier_equals_a_loop_over_pixels(seed):
+    z, label, weight = logits(seed), hard_label(seed), weights(seed)
+    p = torch.softmax(z, 1).numpy()
+    costs = []
+    for n, i, j in np.ndindex(2, 5, 6):
+        if label[n, i, j] != 255:
+            costs.append(float(weight[n, i, j]) * ((p[n, :, i, j] - np.eye(4)[label[n, i, j]]) ** 2).sum())
+    assert brier(z, label, weight).item() == pytest.approx(np.mean(costs), rel=1e-9)
+    assert brier(z, label).item() == pytest.approx(brier_score(z, label, input="logits"), rel=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
 @given(seeds, st.integers(1, 20))
 def test_gap_equals_a_loop_over_pixels_and_bins(seed, n_bins):
     z, label, weight = logits(seed), hard_label(seed), weights(seed)
@@ -112,6 +128,11 @@ def test_gap_equals_a_loop_over_pixels_and_bins(seed, n_bins):
     filled = mass > 0
     expected = (gap[filled] ** 2 / mass[filled]).sum() / mass.sum()
     assert calibration_gap(z, label, weight, n_bins=n_bins).item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_brier_has_the_gradient_of_finite_differences():
+    z, label, weight = logits().requires_grad_(), hard_label(), weights()
+    assert torch.autograd.gradcheck(lambda z: brier(z, label, weight), (z,))
 
 
 def test_gap_has_the_gradient_of_finite_differences():

@@ -36,9 +36,7 @@ def test_weights_follow_daformer(seed, threshold):
     """Written after the description of DAFormer's trainer: the share of pixels above the threshold, the same everywhere."""
     z = logits(seed)
     confident = softmax(z.numpy(), axis=1).max(1) >= threshold
-    np.testing.assert_allclose(
-        confidence_weight(z, mode="ratio", threshold=threshold).numpy(), np.full((2, 6, 7), confident.mean())
-    )
+    np.testing.assert_allclose(confidence_weight(z, threshold=threshold).numpy(), np.full((2, 6, 7), confident.mean()))
     np.testing.assert_array_equal(confidence_weight(z, mode="threshold", threshold=threshold).numpy(), confident)
     assert bool((confidence_weight(z, mode="none", threshold=threshold) == 1).all())
 
@@ -47,7 +45,7 @@ def test_weights_follow_daformer(seed, threshold):
 @given(st.integers(0, 10**6), st.floats(0.2, 0.9))
 def test_confidence_shares_the_same_weight_by_the_squared_confidence(seed, threshold):
     z = logits(seed)
-    weight = confidence_weight(z, threshold=threshold).numpy()
+    weight = confidence_weight(z, mode="confidence", threshold=threshold).numpy()
     confidence = softmax(z.numpy(), axis=1).max(1)
     np.testing.assert_allclose(weight.mean(), (confidence >= threshold).mean(), rtol=1e-9)
     np.testing.assert_allclose(weight * confidence[0, 0, 0] ** 2, confidence**2 * weight[0, 0, 0], rtol=1e-9)
@@ -119,7 +117,7 @@ def test_one_hot_writes_zeros_for_ignored_pixels():
         (
             lambda: SoftPseudoLabeler(None, weight="share"),
             ValueError,
-            r"weight to be one of 'confidence', 'ratio', 'threshold', 'none'",
+            r"weight to be one of 'ratio', 'confidence', 'threshold', 'none'",
         ),
         (lambda: SoftPseudoLabeler(None, threshold=1.5), ValueError, r"expected threshold in \[0, 1\], got 1.5"),
         (lambda: SoftPseudoLabeler(None, ignore_top=-1), ValueError, r"ignore_top >= 0 rows, got -1"),

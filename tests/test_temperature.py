@@ -107,6 +107,18 @@ def test_one_that_sees_confidence_does_not_know_which_class_it_is():
     assert not bool(torch.isclose(informed(renamed), informed(z)).all())
 
 
+@pytest.mark.parametrize(("kernel_size", "reach"), [(1, 0), (3, 3)])
+def test_sees_the_neighbourhood_that_the_kernel_size_says(kernel_size, reach):
+    net = MetaTemperatureNet(5, kernel_size=kernel_size)
+    torch.nn.init.constant_(net.last.weight, 0.2)
+    z = logits(shape=(1, 5, 11, 13))
+    changed = z.clone()
+    changed[..., 5, 6] = 5 * changed[..., 5, 6] + 1
+    rows, columns = (net(z) != net(changed))[0, 0].nonzero(as_tuple=True)
+    found = (rows - 5).abs().max(), (columns - 6).abs().max()
+    assert found == (reach, reach)
+
+
 def test_gradient_reaches_the_net_and_nothing_else():
     net = MetaTemperatureNet(5, feature_channels=8)
     z, features = logits().requires_grad_(), logits(1, (2, 8, 3, 4)).requires_grad_()
@@ -143,7 +155,7 @@ def test_has_a_few_thousand_parameters():
     def count(**options):
         return sum(parameter.numel() for parameter in MetaTemperatureNet(19, **options).parameters())
 
-    assert (count(), count(sees="logits")) == (2641, 5377)  # the docstring says so
+    assert (count(), count(sees="logits", kernel_size=3)) == (337, 5377)  # the docstring says so
     assert count(feature_channels=256) < 10_000
 
 
@@ -152,6 +164,7 @@ def test_has_a_few_thousand_parameters():
     [
         (lambda: MetaTemperatureNet(1), r"MetaTemperatureNet: expected num_classes >= 2, got 1;"),
         (lambda: MetaTemperatureNet(5, max_ratio=1.0), r"expected max_ratio > 1"),
+        (lambda: MetaTemperatureNet(5, kernel_size=2), r"MetaTemperatureNet: expected an odd kernel_size, got 2; use 1 or 3"),
         (lambda: MetaTemperatureNet(5, initial_temperature=float("nan")), r"expected initial_temperature .*got nan"),
         (lambda: MetaTemperatureNet(5)(logits(shape=(2, 4, 6, 7))), r"with C = 5, got float32 \(2, 4, 6, 7\);"),
         (lambda: MetaTemperatureNet(5)(logits(), logits()), r"expected features=None, .*feature_channels=5"),

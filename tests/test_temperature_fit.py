@@ -9,6 +9,7 @@ from scipy.optimize import minimize_scalar
 from torch import nn
 
 from dacal_addon import MetaTemperatureNet, TemperatureFit
+from dacal_addon.losses import cross_entropy
 
 
 def generator(seed=0):
@@ -51,7 +52,16 @@ def labels_of(teacher):
     return copy.deepcopy(teacher).eval()(IMAGE).argmax(1)
 
 
-def test_one_temperature_comes_to_the_minimum_that_scipy_finds():
+def likelihood(z, y):
+    return F.cross_entropy(z, y)
+
+
+def squares(z, y):
+    return (torch.softmax(z, 1) - F.one_hot(y, z.shape[1])).pow(2).sum(1).mean()
+
+
+@pytest.mark.parametrize(("options", "of"), [({}, squares), ({"loss": cross_entropy}, likelihood)])
+def test_one_temperature_comes_to_the_minimum_that_scipy_finds(options, of):
     teacher = Teacher().eval()
     label = labels_of(teacher)
     label[0, 0] = 255  # the host's own ignored row
@@ -59,15 +69,13 @@ def test_one_temperature_comes_to_the_minimum_that_scipy_finds():
         z = teacher(0.65 * IMAGE + 0.35 * IMAGE[[1, 0]])  # of two images, each meets the other
     judged = (label != 255) & (label != label[[1, 0]])
     z, y = z.permute(0, 2, 3, 1)[judged], label[judged]
-    best = minimize_scalar(
-        lambda t: float(F.cross_entropy(z / t, y)), bounds=(0.05, 20), method="bounded", options={"xatol": 1e-8}
-    )
+    best = minimize_scalar(lambda t: float(of(z / t, y)), bounds=(0.05, 20), method="bounded", options={"xatol": 1e-8})
     assert abs(best.x - 1) > 0.1
 
     net = OneTemperature()
-    fit = TemperatureFit(net, torch.optim.Adam([net.log], lr=0.05))
+    fit = TemperatureFit(net, torch.optim.Adam([net.log], lr=0.05), **options)
     losses = [fit(teacher, IMAGE, label, generator=generator()) for _ in range(400)]
-    assert losses[0] == pytest.approx(float(F.cross_entropy(z, y)))
+    assert losses[0] == pytest.approx(float(of(z, y)))
     assert losses[-1] == pytest.approx(best.fun, rel=1e-6)
     assert float(net.log.detach().exp()) == pytest.approx(best.x, rel=1e-3)
 

@@ -142,7 +142,8 @@ class Bilevel(Teaching):
 
     def __init__(self, student: SmallUNet, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
         super().__init__(student, optimizer, recipe)
-        net = MetaTemperatureNet(student.head.out_channels, feature_channels=student.feature_channels, sees="logits")
+        classes, features = student.head.out_channels, student.feature_channels
+        net = MetaTemperatureNet(classes, feature_channels=features, sees="logits", kernel_size=3)
         self.temperature_net = net.to(next(student.parameters()).device)
         self.calibrate = BilevelCalibrationStep(
             student,
@@ -178,7 +179,7 @@ class Bilevel(Teaching):
 
 
 class DACal(Teaching):
-    """Soft labels whose temperatures are fitted on blends of target images; weights by confidence. The package's default."""
+    """Soft labels whose temperatures are fitted on blends of target images: the package's default."""
 
     title = "fitted temperatures"
 

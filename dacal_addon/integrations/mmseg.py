@@ -65,7 +65,7 @@ class DACalDACS(DACS):  # type: ignore[misc]
         cfg: what the host's `DACS` takes.
 
     Log variables, beside the host's: `dacal.temperature_mean`, `_min`, `_max` over the target pixels of the batch; at
-    iterations with a fit `dacal.fit_loss`, the negative log-likelihood of the blends before it; at those with a meta-step
+    iterations with a fit `dacal.fit_loss`, the Brier score of the blends before it; at those with a meta-step
     `dacal.outer_loss` after the virtual step, and the hypergradient's size, `dacal.hypergradient_log10`; `dacal.skipped_<why>`,
     1 where temperatures did not learn and else 0, why: `warmup`, `every`, `not_finite`, with learn='fit' `unjudged` (no two
     pseudo-labels with a weight differ), with 'bilevel' `zero` (the hypergradient).
@@ -138,6 +138,7 @@ class Calibration:
         self.net = MetaTemperatureNet(
             host.num_classes,
             sees="confidence" if fitted else "logits",
+            kernel_size=1 if fitted else 3,
             hidden_channels=options.hidden_channels,
             initial_temperature=options.initial_temperature,
             max_ratio=options.max_ratio,
@@ -146,7 +147,6 @@ class Calibration:
         self.fit = TemperatureFit(self.net, self.optimizer, ignore_index=_IGNORE) if fitted else None
         self.labeler = SoftPseudoLabeler(
             self.net,
-            weight="confidence" if fitted else "ratio",
             threshold=host.pseudo_threshold,
             ignore_top=host.psweight_ignore_top,
             ignore_bottom=host.psweight_ignore_bottom,
@@ -276,28 +276,21 @@ class Iteration:
             if not self.logits or not self.masks:
                 return forward_train(*arguments, **options)
             soft_label: Optional[Tensor]
-            weight = seg_weight
             if self.labels is None:
                 with unshadowed(self.host.get_model(), "forward_train"):
-                    soft_label, weight = self._mixed(*arguments)
+                    soft_label = self._mixed(*arguments)
             else:
                 soft_label = self._masked(gt_semantic_seg)
             if soft_label is None or self.calibration.options.labels == "hard":
                 return forward_train(*arguments, **options)
             hard_label = gt_semantic_seg.contiguous()  # whose windows `criterion` can tell
             with self.teaching.soft(hard_label, soft_label):
-                return forward_train(img, img_metas, hard_label, weight, **options)
+                return forward_train(img, img_metas, hard_label, seg_weight, **options)
 
         return called
 
-    def _mixed(
-        self, image: Tensor, img_metas: Any, hard_label: Tensor, weight: Optional[Tensor]
-    ) -> Tuple[Tensor, Optional[Tensor]]:
-        """Before the pass on mixed images: learn the temperatures, and label the target.
-
-        Returns:
-            The mixed soft label, and the weights of its pixels.
-        """
+    def _mixed(self, image: Tensor, img_metas: Any, hard_label: Tensor, weight: Optional[Tensor]) -> Tensor:
+        """Before the pass on mixed images: learn the temperatures, and label the target. Returns the mixed soft label."""
         mask = torch.stack([mask[0] for mask in self.masks[0]]) > 0
         reason = self.calibration.waiting()
         if reason is None and self.calibration.fit is not None:
@@ -314,10 +307,7 @@ class Iteration:
             temperature = self.labels.temperature
             for name, value in (("mean", temperature.mean()), ("min", temperature.min()), ("max", temperature.max())):
                 self.log_vars[f"dacal.temperature_{name}"] = float(value)
-            if self.calibration.fit is not None:
-                assert weight is not None  # the hosts weight the mixed images
-                weight = mix(mask, weight, self.labels.weight)
-            return mix(mask, self.label, self.labels.soft_label, ignore_index=_IGNORE), weight
+            return mix(mask, self.label, self.labels.soft_label, ignore_index=_IGNORE)
 
     def _fit(self, fit: TemperatureFit) -> Optional[str]:
         """A step of the temperatures on blends of the target images, labelled by the host's teacher.

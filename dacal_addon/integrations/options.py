@@ -18,8 +18,8 @@ class Options(NamedTuple):
     """What the student is taught on target pixels: "soft", softmax(z / T), or "hard", the host's own pseudo-labels."""
     learn: str = "fit"
     """How the temperatures learn: "fit", directly, on blends of target images (`TemperatureFit`), by a net that sees
-    confidence alone, with target pixels of the mixed images weighted by confidence; or "bilevel", the paper's meta-step, by a
-    net that sees all log-probabilities, with the host's own weights."""
+    a pixel's confidence alone; or "bilevel", the paper's meta-step, by a net that sees all log-probabilities of its
+    neighbourhood."""
     every: int = 1
     """Learn the temperatures at every k-th iteration after the warm-up; 0: never, T stays as it is."""
     warmup_iters: Optional[int] = None
