@@ -12,7 +12,7 @@ smaller by as much.
 import argparse
 import statistics
 from functools import partial
-from typing import Callable, Dict, List
+from typing import Any, Callable, Dict, List
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +36,10 @@ def pieces(size: int, device: torch.device) -> Dict[str, Callable[[], object]]:
     logits = torch.randn(1, CLASSES, size, size, generator=g).to(device)
     student = ResidualSegmenter(CLASSES).to(device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
-    net = MetaTemperatureNet(CLASSES).to(device)
-    rich_net = MetaTemperatureNet(CLASSES, feature_channels=student.feature_channels).to(device)
+    # The larger net, which the bilevel step is used with; the default one has 337 parameters.
+    options: Dict[str, Any] = {"sees": "logits", "kernel_size": 3}
+    net = MetaTemperatureNet(CLASSES, **options).to(device)
+    rich_net = MetaTemperatureNet(CLASSES, feature_channels=student.feature_channels, **options).to(device)
     labeler = SoftPseudoLabeler(net)
     calibrate = {
         engine: BilevelCalibrationStep(

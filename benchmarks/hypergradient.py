@@ -56,7 +56,7 @@ class Trainer:
             self.student = AttentionSegmenter(CLASSES, activation=activation).to(device)
         self.teacher = copy.deepcopy(self.student)
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-4)
-        self.net = MetaTemperatureNet(CLASSES).to(device)
+        self.net = MetaTemperatureNet(CLASSES, sees="logits", kernel_size=3).to(device)
         self.uncalibrated = SoftPseudoLabeler(None, weight="none")
         self.calibrated = SoftPseudoLabeler(self.net, weight="none")
         with torch.no_grad():

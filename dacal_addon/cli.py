@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     demo = commands.add_parser(
         "demo",
-        help="train four methods on an embedded benchmark and compare their calibration (about 5 minutes on 2 cores)",
+        help="train five methods on an embedded benchmark and compare their calibration (about 6 minutes on 2 cores)",
         description="Train source-only, hard-label, soft-label and DA-Cal self-training with one seed and one budget; "
         "print a table, and write it as JSON with reliability diagrams, temperature maps and predictions.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

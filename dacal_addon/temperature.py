@@ -1,4 +1,4 @@
-"""Per-pixel temperatures from the teacher's logits: the only thing that the bilevel step learns."""
+"""Per-pixel temperatures from the teacher's logits: the only thing that this package learns."""
 
 import math
 from typing import Any, Optional
@@ -96,11 +96,10 @@ def bounded_temperature(
 
 
 class MetaTemperatureNet(nn.Module):
-    """Per-pixel temperatures T for the teacher's logits, learned by `BilevelCalibrationStep`.
+    """Per-pixel temperatures T for the teacher's logits, learned by `TemperatureFit` or `BilevelCalibrationStep`.
 
-    Three small convolutions over `temperature_features(logits)` and, where given, the teacher's own features, which know
-    more than its logits about where it errs. The last layer starts at zero: T is `initial_temperature` everywhere, bit
-    for bit, until the first update.
+    Three small convolutions over `temperature_features(logits)` and, where given, the teacher's own features. The last layer
+    starts at zero: T is `initial_temperature` everywhere, bit for bit, until the first update.
 
     Shape: `logits` (N, C, H, W), `features` (N, F, h, w) at any resolution -> temperature (N, 1, H, W), T > 0. Floating
     dtypes; the result has the dtype of the net's parameters (float32).
@@ -113,7 +112,8 @@ class MetaTemperatureNet(nn.Module):
         feature_channels: F, or 0 when no features will be passed.
         sees: "confidence", the margin and the entropy of `temperature_features`, or "logits", the class log-probabilities
             too. Which classes compete tells more, but only confidence means the same on a clean image and on one mixed of
-            two, where temperatures are learned: with "logits" the calibration error was higher (`benchmarks/README.md`).
+            two, where temperatures are fitted: with "logits" both mIoU and calibration error were worse
+            (`benchmarks/README.md`). For the bilevel step use "logits", with kernel_size=3.
         kernel_size: of two of the convolutions, odd. 1: a pixel's temperature depends on that pixel alone (and on the
             interpolated features); 3: on 7 x 7 pixels.
         hidden_channels: width of the net. The default gives 337 parameters, and 5,377 with "logits", kernel_size=3 and C = 19.
