@@ -84,10 +84,15 @@ def pseudocal(material: Material) -> float:
 
     Source: PseudoCal (Hu et al., ICML 2024): mixup at inference, share 0.65, the cross-cluster rule.
     """
+    return fitted_temperature(*blends(material))
+
+
+def blends(material: Material) -> Tuple[Tensor, Tensor]:
+    """The network's logits on blends of target images, and the labels by which PseudoCal judges them, 255 where it does not."""
     image = _some(material, material.dataset.target_train).image
     label = predict(material.network, image, device=material.device).argmax(1)
     blended, kept = mixup_pairs(image, label, generator=material.generator, differing=True)
-    return fitted_temperature(predict(material.network, blended, device=material.device), kept)
+    return predict(material.network, blended, device=material.device), kept
 
 
 def transcal(material: Material) -> float:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
-from post_hoc import CALIBRATIONS, Material, temperatures
+from post_hoc import CALIBRATIONS, Material, blends, temperatures
 from torch import Tensor
 from uda_ablation import ABLATION, BASES
 from uda_methods import METHODS, Method
@@ -122,9 +122,15 @@ def run(job: Job) -> List[Dict[str, Any]]:
     add(job.method, "student", logits, diagnosed, trained.seconds)
     add(job.method, "teacher", of_teacher, diagnosed, trained.seconds)
     if method.post_hoc:
+
+        def material() -> Material:
+            return Material(trained.student, dataset, torch.Generator().manual_seed(cell.seed), device)
+
+        on_blends = score(*blends(material()))
+        rows[0].update(blends_accuracy=round(on_blends.accuracy, 6), blends_confidence=round(on_blends.confidence, 6))
         for name, (_, calibration) in CALIBRATIONS.items():
             begun = time.perf_counter()
-            found = calibration(Material(trained.student, dataset, torch.Generator().manual_seed(cell.seed), device))
+            found = calibration(material())
             seconds = time.perf_counter() - begun
             temperature = temperatures(found, logits, image, device=device)
             add(f"{job.method}+{name}", "student", logits / temperature, diagnose(logits, temperature, label), seconds)

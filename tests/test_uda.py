@@ -76,6 +76,14 @@ def test_quick_runs_every_method_on_every_data_set(quick):
             assert row["label_auroc"] == row["confidence_auroc"]
             assert calibration == "lts" or row["temperature_auroc"] == 0.5
     page = (quick / "uda.md").read_text()
+    judged = [row for row in rows if "blends_accuracy" in row]
+    assert {(row["dataset"], row["method"], row["model"]) for row in judged} == {
+        (dataset, base, "student")
+        for dataset in ("streets", "digits", "mitochondria")
+        for base, method in METHODS.items()
+        if method.post_hoc
+    }
+    assert "## Do blends stand for the target?" in page
     assert all(f"## {dataset}, student" in page for dataset in ("streets", "digits", "mitochondria"))
     assert "### Fitted directly, second round" in page
     assert {path.name for path in quick.glob("*.png")} == {
