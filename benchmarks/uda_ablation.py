@@ -22,6 +22,7 @@ from dacal_addon.mixing import cut_mask, mix
 from dacal_addon.outer_sets import OUTER_SETS, DomainBatch, OuterBatch, target_mixup
 from dacal_addon.preserve import preserved
 from dacal_addon.pseudo_labels import one_hot
+from dacal_addon.temperature_fit import class_share_weights
 
 IGNORED = 255
 
@@ -52,11 +53,13 @@ class Design(NamedTuple):
     fit_sets: Tuple[str, ...] = ("differing",)
     """Several count equally, whatever their pixels."""
     fit_loss: str = "cross_entropy"
+    class_shares: bool = False
+    """Whether the judged pixels are weighted so that every class has the share that it has on the target, by pseudo-labels."""
     fit_lr: float = 2e-3
 
 
 FIRST = Design(learn=("fit",), sees="confidence", weight="confidence")
-FITTED = Design(learn=("fit",), sees="confidence", context=(0, 0), fit_loss="brier")
+FITTED = Design(learn=("fit",), sees="confidence", context=(0, 0), class_shares=True)
 """`dacal`."""
 
 
@@ -188,11 +191,17 @@ class Variant(Teaching):
         """A step of the temperatures towards the labels of images that have some."""
         losses = []
         for name in self.design.fit_sets:
-            judged = SETS[name](self.domain(batch, logits, strong=False), generator=batch.generator)
+            domain = self.domain(batch, logits, strong=False)
+            judged = SETS[name](domain, generator=batch.generator)
+            weight = None
+            if self.design.class_shares:
+                labels = (judged.label, domain.pseudo_label)
+                counts = (one_hot(label, logits.shape[1]).double().sum((0, 2, 3)) for label in labels)
+                weight = class_share_weights(*counts)[judged.label.masked_fill(judged.label == IGNORED, 0)]
             with preserved(teacher), torch.no_grad():
                 z, maps = self.see(teacher, judged.image)
             temperature = self.temperature_net(z, maps)
-            losses.append(LOSSES[self.design.fit_loss](z / temperature, judged.label) + self.prior(temperature))
+            losses.append(LOSSES[self.design.fit_loss](z / temperature, judged.label, weight) + self.prior(temperature))
         loss = torch.stack(losses).mean()
         self.descend(self.fit_optimizer, torch.autograd.grad(loss, list(self.temperature_net.parameters())))
 
@@ -328,10 +337,6 @@ ABLATION: Dict[str, Method] = {
     "first-softening": _first("T at least 1", min_temperature=1.0),
     "first-weight-class": _first("weights by confidence within a predicted class", weight="class"),
     "first-weight-calibrated": _first("weights by calibrated confidence", weight="calibrated"),
-    "first-pixel-ratio": _first("net sees 1 pixel, weights ratio", context=(0, 0), weight="ratio"),
-    "first-pixel-ratio-brier": _first(
-        "net sees 1 pixel, weights ratio, fitted by Brier", context=(0, 0), weight="ratio", fit_loss="brier"
-    ),
     "first-and-bilevel": _first("with the bilevel step besides", learn=("fit", "bilevel")),
     "fit-one": _fitted("one temperature for all pixels, learning rate 1e-2", sees="nothing", fit_lr=1e-2),
     "fit-logits": _fitted("net sees logits too", sees="logits"),
@@ -342,7 +347,9 @@ ABLATION: Dict[str, Method] = {
     "fit-pasted": _fitted("fitted on source pixels pasted into target", fit_sets=("source_pixels",)),
     "fit-restyled": _fitted("fitted on restyled source", fit_sets=("restyled",)),
     "fit-blends-and-pasted": _fitted("fitted on blends and pasted source", fit_sets=("differing", "source_pixels")),
-    "fit-cross-entropy": _fitted("fitted by cross-entropy", fit_loss="cross_entropy"),
+    "fit-unweighted": _fitted("class shares as on the blends", class_shares=False),
+    "fit-unweighted-brier": _fitted("class shares as on the blends, fitted by Brier", class_shares=False, fit_loss="brier"),
+    "fit-brier": _fitted("fitted by Brier", fit_loss="brier"),
     "fit-gap": _fitted("fitted by binned gap, l2", fit_loss="gap"),
     "fit-lr-5e-4": _fitted("learning rate 5e-4", fit_lr=5e-4),
     "fit-lr-1e-2": _fitted("learning rate 1e-2", fit_lr=1e-2),

@@ -11,7 +11,7 @@ from dacal_addon import MetaTemperatureNet, SoftPseudoLabeler
 from dacal_addon.demo.network import SmallUNet
 from dacal_addon.demo.self_training import METHODS as OF_THE_DEMO
 from dacal_addon.demo.self_training import Batch, HardLabels, Recipe, SoftLabels, Teaching
-from dacal_addon.losses import brier
+from dacal_addon.losses import cross_entropy
 from dacal_addon.pseudo_labels import one_hot, soft_label
 
 
@@ -158,7 +158,7 @@ class FittedToTruth(Teaching):
         with torch.no_grad():
             logits, features = self.see(teacher, batch.target_image)
         self.temperature_optimizer.zero_grad()
-        brier(logits / self.temperature_net(logits, features), batch.target_label).backward()
+        cross_entropy(logits / self.temperature_net(logits, features), batch.target_label).backward()
         self.temperature_optimizer.step()
         with torch.no_grad():
             labels = self.label(logits, features=features)

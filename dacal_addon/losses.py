@@ -66,7 +66,7 @@ def cross_entropy(logits: Tensor, label: Tensor, weight: Optional[Tensor] = None
 
 
 def brier(logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, ignore_index: int = 255) -> Tensor:
-    """Outer loss, and that of `TemperatureFit`: mean of weight * |softmax - one-hot label|^2 over the judged pixels.
+    """Outer loss: mean of weight * |softmax - one-hot label|^2 over the judged pixels.
 
     Proper as cross-entropy is, but a pixel costs at most 2: labels that are themselves wrong now and then weigh less.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ._check import check_logits, check_number
-from .losses import brier
+from .losses import cross_entropy
 from .mixing import mixup_pairs
 from .preserve import preserved
 from .ranks import Ranks
@@ -15,12 +15,30 @@ Teacher = Callable[[Tensor], Union[Tensor, Tuple[Tensor, Tensor]]]
 """Image -> logits, or (logits, features): what the temperature net takes."""
 
 
+def class_share_weights(judged: Tensor, target: Tensor) -> Tensor:
+    """One weight a class, with which the judged pixels have the class shares of the target; 1 on average over these pixels.
+
+    Args:
+        judged, target: (C,) floating, numbers of pixels of each class. A class of which none is judged gets no weight.
+
+    Example:
+        >>> class_share_weights(torch.tensor([50.0, 50.0, 0.0]), torch.tensor([750.0, 150.0, 100.0]))
+        tensor([1.6667, 0.3333, 0.0000])
+
+    Source: importance weights under label shift (Saerens et al., Neural Computation 2002), here from pseudo-labels.
+    """
+    weight = torch.where(judged > 0, target / judged.clamp(min=1), torch.zeros_like(judged))
+    return weight * judged.sum() / (weight * judged).sum().clamp(min=1e-12)
+
+
 class TemperatureFit:
     """Gives the temperature net one step towards the calibrated soft label, beside or instead of `BilevelCalibrationStep`.
 
-    Each call blends every target image with another one of the batch, 65 to 35, asks the teacher, and lowers the Brier score
-    of softmax(z / T) under the pseudo-labels of the dominant images, on the pixels whose two pseudo-labels differ. On such
-    blends a network errs about as often as on the target itself, but there the label is known (PseudoCal).
+    Each call blends every target image with another one of the batch, 65 to 35, asks the teacher, and lowers the negative
+    log-likelihood of softmax(z / T) under the pseudo-labels of the dominant images, on the pixels whose two pseudo-labels
+    differ. On such blends a network errs about as often as on the target itself, but there the label is known (PseudoCal).
+    Rare classes are among those pixels far more often than among the target's, so that every class is weighted back to the
+    share that it has on the target.
     PseudoCal fits one temperature after training; here a net of them follows the teacher while it trains.
 
     It costs one forward pass of the teacher without gradient, and the temperature net's forward and backward pass.
@@ -36,7 +54,7 @@ class TemperatureFit:
             images, as confidence does: with the logits or features as inputs too it learned less that was true of clean
             ones (`benchmarks/README.md`).
         optimizer: of its parameters, e.g. `torch.optim.Adam(temperature_net.parameters(), lr=2e-3)`.
-        loss: `(softmax's logits, label, *, ignore_index) -> scalar`, as `losses.brier` and `losses.cross_entropy` are.
+        loss: `(logits, label, weight, *, ignore_index) -> scalar`, as `losses.cross_entropy` and `losses.brier` are.
         share: of the dominant image.
         ignore_index: of `pseudo_label`, where a pixel must not be used.
         process_group: the ranks that share a batch; None for all.
@@ -60,7 +78,7 @@ class TemperatureFit:
         temperature_net: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        loss: Callable[..., Tensor] = brier,
+        loss: Callable[..., Tensor] = cross_entropy,
         share: float = 0.65,
         ignore_index: int = 255,
         process_group: Any = None,
@@ -104,7 +122,10 @@ class TemperatureFit:
         inputs = answer if isinstance(answer, tuple) else (answer,)
         logits = inputs[0]
         check_logits("TemperatureFit", "logits", logits)
-        loss = self.loss(logits / self.temperature_net(*inputs), label, ignore_index=self.ignore_index)
+        counts = (self._class_counts(each, logits.shape[1]) for each in (label, pseudo_label))
+        of_class = class_share_weights(*(ranks.total(count) for count in counts))
+        weight = of_class[label.masked_fill(label == self.ignore_index, 0)]
+        loss = self.loss(logits / self.temperature_net(*inputs), label, weight, ignore_index=self.ignore_index)
         loss = loss * (judged / on_average).to(loss.dtype)
         grads = ranks.average(torch.autograd.grad(loss, parameters), parameters)
         # .grad is None outside these lines: a host whose optimizer owns every parameter of its module must not see it.
@@ -116,3 +137,6 @@ class TemperatureFit:
             for parameter in parameters:
                 parameter.grad = None
         return float(ranks.average_number(loss))
+
+    def _class_counts(self, label: Tensor, num_classes: int) -> Tensor:
+        return torch.bincount(label[label != self.ignore_index], minlength=num_classes).double()

@@ -87,7 +87,7 @@ def main() -> None:
         if options.labels == "dacal":
             loss = fit(teacher, target_image, teacher_logits.argmax(1), generator=generator)
             if iteration % print_every == 0:
-                print(f"iteration {iteration}: Brier score {loss:.3f} on blends of target images")
+                print(f"iteration {iteration}: {loss:.3f} nats on blends of target images")
         elif options.labels == "dacal-bilevel":
             result = calibrate(source_image, source_label, target_image, teacher_logits, mask=mask)
             if iteration % print_every == 0:

@@ -9,7 +9,7 @@ from scipy.optimize import minimize_scalar
 from torch import nn
 
 from dacal_addon import MetaTemperatureNet, TemperatureFit
-from dacal_addon.losses import cross_entropy
+from dacal_addon.losses import brier
 
 
 def generator(seed=0):
@@ -53,14 +53,14 @@ def labels_of(teacher):
 
 
 def likelihood(z, y):
-    return F.cross_entropy(z, y)
+    return F.cross_entropy(z, y, reduction="none")
 
 
 def squares(z, y):
-    return (torch.softmax(z, 1) - F.one_hot(y, z.shape[1])).pow(2).sum(1).mean()
+    return (torch.softmax(z, 1) - F.one_hot(y, z.shape[1])).pow(2).sum(1)
 
 
-@pytest.mark.parametrize(("options", "of"), [({}, squares), ({"loss": cross_entropy}, likelihood)])
+@pytest.mark.parametrize(("options", "of"), [({}, likelihood), ({"loss": brier}, squares)])
 def test_one_temperature_comes_to_the_minimum_that_scipy_finds(options, of):
     teacher = Teacher().eval()
     label = labels_of(teacher)
@@ -69,13 +69,22 @@ def test_one_temperature_comes_to_the_minimum_that_scipy_finds(options, of):
         z = teacher(0.65 * IMAGE + 0.35 * IMAGE[[1, 0]])  # of two images, each meets the other
     judged = (label != 255) & (label != label[[1, 0]])
     z, y = z.permute(0, 2, 3, 1)[judged], label[judged]
-    best = minimize_scalar(lambda t: float(of(z / t, y)), bounds=(0.05, 20), method="bounded", options={"xatol": 1e-8})
+    # Each class counts as if it had its share of all pixels that are not ignored.
+    everywhere = label[label != 255].tolist()
+    weight = torch.tensor([everywhere.count(c) / y.tolist().count(c) for c in y.tolist()], dtype=torch.float64)
+    weight = weight / weight.mean()
+    assert float(weight.max()) > 1.1
+
+    def cost(t):
+        return float((weight * of(z / t, y)).mean())
+
+    best = minimize_scalar(cost, bounds=(0.05, 20), method="bounded", options={"xatol": 1e-8})
     assert abs(best.x - 1) > 0.1
 
     net = OneTemperature()
     fit = TemperatureFit(net, torch.optim.Adam([net.log], lr=0.05), **options)
     losses = [fit(teacher, IMAGE, label, generator=generator()) for _ in range(400)]
-    assert losses[0] == pytest.approx(float(of(z, y)))
+    assert losses[0] == pytest.approx(cost(1.0))
     assert losses[-1] == pytest.approx(best.fun, rel=1e-6)
     assert float(net.log.detach().exp()) == pytest.approx(best.x, rel=1e-3)
 

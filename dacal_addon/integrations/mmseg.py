@@ -65,7 +65,7 @@ class DACalDACS(DACS):  # type: ignore[misc]
         cfg: what the host's `DACS` takes.
 
     Log variables, beside the host's: `dacal.temperature_mean`, `_min`, `_max` over the target pixels of the batch; at
-    iterations with a fit `dacal.fit_loss`, the Brier score of the blends before it; at those with a meta-step
+    iterations with a fit `dacal.fit_loss`, the negative log-likelihood of the blends before it; at those with a meta-step
     `dacal.outer_loss` after the virtual step, and the hypergradient's size, `dacal.hypergradient_log10`; `dacal.skipped_<why>`,
     1 where temperatures did not learn and else 0, why: `warmup`, `every`, `not_finite`, with learn='fit' `unjudged` (no two
     pseudo-labels with a weight differ), with 'bilevel' `zero` (the hypergradient).
