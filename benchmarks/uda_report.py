@@ -223,7 +223,7 @@ def frontier(rows: Sequence[Row], datasets: Sequence[str], table: Mapping[str, M
         "dacal-bilevel": plots.BLUE,
         "dacal": plots.ORANGE,
     }
-    others = itertools.cycle(["#7F7F7F", "#56B4E9", "#CC79A7", "#009E73", "#E69F00", "#999999", "#BBBBBB"])
+    others = itertools.cycle(["#8C564B", "#17BECF", "#CC79A7", "#009E73", "#E69F00", "#BCBD22", "#BBBBBB"])
     colours = {name: colours[name] if name in colours else next(others) for name in table}
     markers = {"": "o", "ts": "^", "lts": "v", "transcal": "<", "pseudocal": "D", "oracle-ts": "x"}
     with plots.styled():

@@ -36,7 +36,8 @@ class TemperatureFit:
 
     Each call blends every target image with another one of the batch, 65 to 35, asks the teacher, and lowers the negative
     log-likelihood of softmax(z / T) under the pseudo-labels of the dominant images, on the pixels whose two pseudo-labels
-    differ. On such blends a network errs about as often as on the target itself, but there the label is known (PseudoCal).
+    differ. PseudoCal's premise is that a network errs on such blends as it does on the target, where no label is known; it
+    errs more often there, but with less confidence too (`benchmarks/README.md`).
     Rare classes are among those pixels far more often than among the target's, so that every class is weighted back to the
     share that it has on the target.
     PseudoCal fits one temperature after training; here a net of them follows the teacher while it trains.
