@@ -1,13 +1,12 @@
 """Temperature nets to compare `MetaTemperatureNet` with: other inputs, more or less context, none at all."""
 
-import math
 from typing import Optional, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dacal_addon.temperature import bounded_temperature, temperature_features
+from dacal_addon.temperature import bounded_temperature, draw_weights, temperature_features
 
 
 class ContextNet(nn.Module):
@@ -41,14 +40,7 @@ class ContextNet(nn.Module):
                 for a, b, d in zip(channels, channels[1:], dilations)
             )
             self.last = nn.Conv2d(hidden, 1, 1)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                if parameter.dim() > 1:
-                    parameter.normal_(0.0, math.sqrt(2.0 / parameter[0].numel()), generator=generator)
-                else:
-                    parameter.zero_()
-            self.last.weight.zero_()
+        draw_weights(self, self.last, torch.Generator().manual_seed(0))
 
     def forward(self, logits: Tensor, maps: Optional[Tensor] = None) -> Tensor:
         x = temperature_features(logits)

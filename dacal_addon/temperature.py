@@ -176,14 +176,7 @@ class MetaTemperatureNet(nn.Module):
                 ]
             )
             self.last = nn.Conv2d(hidden_channels, 1, 1)
-        generator = generator if generator is not None else torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                if parameter.dim() > 1:
-                    parameter.normal_(0.0, math.sqrt(2.0 / parameter[0].numel()), generator=generator)
-                else:
-                    parameter.zero_()
-            self.last.weight.zero_()
+        draw_weights(self, self.last, generator if generator is not None else torch.Generator().manual_seed(0))
 
     def forward(self, logits: Tensor, features: Optional[Tensor] = None) -> Tensor:
         check_logits("MetaTemperatureNet", "logits", logits, num_classes=self.num_classes)
@@ -209,6 +202,17 @@ class MetaTemperatureNet(nn.Module):
         if x.dim() != 4 or x.shape[:2] != (batch, self.feature_channels) or not x.is_floating_point():
             raise problem("MetaTemperatureNet", expected=expected, got=describe(x), remedy=remedy)
         return x.detach()
+
+
+def draw_weights(net: nn.Module, last: nn.Conv2d, generator: torch.Generator) -> None:
+    """Initial weights of a net of convolutions (He et al., ICCV 2015) whose last layer starts at zero; biases 0."""
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, math.sqrt(2.0 / parameter[0].numel()), generator=generator)
+            else:
+                parameter.zero_()
+        last.weight.zero_()
 
 
 def _normalised(features: Tensor) -> Tensor:
