@@ -32,7 +32,7 @@ def write_report(rows: Sequence[Row], out: Path, table: Mapping[str, Method], ab
         if tables:
             figures[f"uda_reliability_{name}.png"] = plots.reliability_diagram(tables, ece=ece)
     if any(row["method"] in ablation for row in rows):
-        figures["uda_ablation.png"] = ablation_figure(rows, ablation)
+        figures["uda_ablation.png"] = ablation_figure(rows, table, ablation)
     for name, figure in figures.items():
         plots.save(figure, out / name)
         written.append(out / name)
@@ -77,9 +77,7 @@ def table_lines(of: Mapping[str, Runs], table: Mapping[str, Method]) -> List[str
     order = [f"{base}{suffix}" for base in table for suffix in ("", *(f"+{name}" for name in CALIBRATIONS))]
     body = []
     for method in [name for name in order if name in of]:
-        own = of[method]
-        hard = {seed: run for seed, run in of.get("hard", {}).items() if seed in own}
-        body.append([title_of(method, table), *cells(own), *against(own, hard)])
+        body.append([title_of(method, table), *cells(of[method]), *against(of[method], of.get("hard", {}))])
     return markdown(["labels on target", *FIGURES, "mIoU against hard", "ECE against hard"], body)
 
 
@@ -121,10 +119,9 @@ def ablation_lines(rows: Sequence[Row], table: Mapping[str, Method], ablation: M
         body = []
         for name in ["hard", "soft", base, *variants]:
             own = {seed: run for seed, run in of.get(name, {}).items() if seed in seeds}
-            varied = {seed: run for seed, run in of.get(base, {}).items() if seed in own}
             if own:
                 bold = "" if name in variants else "**"
-                body.append([f"{bold}{title_of(name, methods)}{bold}", *cells(own), *against(own, varied)])
+                body.append([f"{bold}{title_of(name, methods)}{bold}", *cells(own), *against(own, of.get(base, {}))])
         if variants:
             lines += ["", f"### {title}", ""]
             lines += markdown(["change", *FIGURES, "mIoU against the last in bold", "ECE against the same"], body)
@@ -181,22 +178,38 @@ def spread(runs: Runs, figure: str, scale: float, digits: int) -> str:
     return f"{statistics.mean(own):.{digits}f}{deviation}"
 
 
+def differences(own: Runs, other: Runs) -> Runs:
+    """Of mIoU and ECE, by the seeds that both have.
+
+    Example:
+        >>> differences({0: {"miou": 0.5, "ece": 0.02}, 1: {"miou": 0.7, "ece": 0.1}}, {0: {"miou": 0.25, "ece": 0.08}})
+        {0: {'miou': 0.25, 'ece': -0.06}}
+    """
+    return {
+        seed: {figure: own[seed][figure] - other[seed][figure] for figure in ("miou", "ece")} for seed in own if seed in other
+    }
+
+
 def against(own: Runs, other: Runs) -> List[str]:
-    """The differences of mIoU and ECE, paired by seed, in points, and the change of the mean ECE; `other` has no more seeds.
+    """The paired differences of mIoU and ECE, in points, and the change of the mean ECE.
 
     Example:
         >>> against({0: {"miou": 0.5, "ece": 0.02}}, {0: {"miou": 0.51, "ece": 0.08}})
         ['-1.0', '-75 % (-6.00)']
     """
-    if not other:
+    paired = differences(own, other)
+    if not paired:
         return ["", ""]
-    differences = {seed: {figure: own[seed][figure] - row[figure] for figure in ("miou", "ece")} for seed, row in other.items()}
     signed = [
-        text if text.startswith("-") else f"+{text}"
-        for text in (spread(differences, "miou", 100, 1), spread(differences, "ece", 100, 2))
+        text if text.startswith("-") else f"+{text}" for text in (spread(paired, "miou", 100, 1), spread(paired, "ece", 100, 2))
     ]
-    change = statistics.mean(values(differences, "ece")) / statistics.mean(values(other, "ece"))
-    return [signed[0], f"{100 * change:+.0f} % ({signed[1]})"]
+    return [signed[0], f"{100 * change_of_ece(paired, other):+.0f} % ({signed[1]})"]
+
+
+def change_of_ece(paired: Runs, other: Runs) -> float:
+    """Of the mean over the seeds of `paired`, as a fraction of the mean of `other`'s."""
+    before = {seed: other[seed] for seed in paired}
+    return statistics.mean(values(paired, "ece")) / statistics.mean(values(before, "ece"))
 
 
 def pooled(rows: Sequence[Row], table: Mapping[str, Method]) -> Tuple[Dict[str, ReliabilityTable], Dict[str, float]]:
@@ -214,20 +227,24 @@ def pooled(rows: Sequence[Row], table: Mapping[str, Method]) -> Tuple[Dict[str, 
     return tables, ece
 
 
+AIM = {"miou": 0.01, "ece": -0.4}
+"""What was aimed at, against hard pseudo-labels: points of mIoU, and a fraction of their ECE."""
+
+
 def frontier(rows: Sequence[Row], datasets: Sequence[str], table: Mapping[str, Method]) -> Any:
-    """mIoU against ECE of the students, a panel a data set; bars are standard deviations over seeds."""
+    """mIoU against ECE of the students, both as paired differences from hard pseudo-labels, a panel a data set."""
     colours = {
         "source-only": plots.GREY,
-        "hard": "black",
         "soft": plots.SKY,
         "dacal-bilevel": plots.BLUE,
         "dacal": plots.ORANGE,
+        "hard": "black",
     }
     others = itertools.cycle(["#8C564B", "#17BECF", "#CC79A7", "#009E73", "#E69F00", "#BCBD22", "#BBBBBB"])
     colours = {name: colours[name] if name in colours else next(others) for name in table}
     markers = {"": "o", "ts": "^", "lts": "v", "transcal": "<", "pseudocal": "D", "oracle-ts": "x"}
     with plots.styled():
-        figure, axes = plots.new_figure(1, len(datasets), (3.6 * len(datasets), 4.3))
+        figure, axes = plots.new_figure(1, len(datasets), (3.6 * len(datasets), 4.6))
         for axis, dataset in zip(axes[0], datasets):
             of = by_method([row for row in rows if row["dataset"] == dataset], "student")
             for base, method in table.items():
@@ -237,15 +254,17 @@ def frontier(rows: Sequence[Row], datasets: Sequence[str], table: Mapping[str, M
                     if runs and base != "bound-labels":
                         point(
                             axis,
-                            runs,
+                            differences(runs, of["hard"]),
                             colours[base],
                             marker,
                             label=None if calibration else method.title,
                             small=bool(calibration),
                         )
-            axis.set(title=dataset, xlabel="ECE %")
-            axis.set_xlim(left=0)
-        axes[0, 0].set_ylabel("mIoU %")
+            against_hard(axis, of["hard"])
+            axis.set_title(
+                f"{dataset}\nhard: {spread(of['hard'], 'miou', 100, 1)} % mIoU, {spread(of['hard'], 'ece', 100, 2)} % ECE"
+            )
+        axes[0, 0].set_ylabel("mIoU against hard pseudo-labels, points")
         for calibration, marker in list(markers.items())[1:]:
             name = CALIBRATIONS[calibration][0]
             axes[0, 0].plot([], [], linestyle="", marker=marker, color="black", markersize=4, label=f"+ {name}")
@@ -254,23 +273,24 @@ def frontier(rows: Sequence[Row], datasets: Sequence[str], table: Mapping[str, M
         return figure
 
 
-def ablation_figure(rows: Sequence[Row], ablation: Mapping[str, Method]) -> Any:
-    """mIoU against ECE of every variant of the search, means over the seeds."""
+def ablation_figure(rows: Sequence[Row], table: Mapping[str, Method], ablation: Mapping[str, Method]) -> Any:
+    """mIoU against ECE of every variant of the search, as means of paired differences from hard pseudo-labels."""
     of = by_method([row for row in rows if row["dataset"] == "streets"], "student")
     seeds = set().union(*(runs for name, runs in of.items() if name in ablation))
     of = {name: {seed: row for seed, row in runs.items() if seed in seeds} for name, runs in of.items()}
     groups = [
-        ("bilevel-", "learned by the bilevel step", plots.SKY, "o"),
-        ("first", "fitted directly, first round", "#E69F00", "s"),
-        ("fit-", "fitted directly, second round", plots.ORANGE, "D"),
+        ("bilevel-", "variants learned by the bilevel step", plots.SKY, "o"),
+        ("first", "variants fitted directly, first round", "#E69F00", "s"),
+        ("fit-", "variants fitted directly, second round", plots.ORANGE, "D"),
     ]
     with plots.styled():
-        figure, axes = plots.new_figure(1, 1, (6.0, 4.2))
+        figure, axes = plots.new_figure(1, 1, (6.0, 5.0))
         axis = axes[0, 0]
         for prefix, title, colour, marker in groups:
-            chosen = [runs for name, runs in of.items() if name.startswith(prefix) and runs]
-            x, y = ([statistics.mean(values(runs, figure_, 100)) for runs in chosen] for figure_ in ("ece", "miou"))
-            axis.plot(x, y, linestyle="", marker=marker, color=colour, markersize=5, alpha=0.8, label=title)
+            paired = [differences(runs, of["hard"]) for name, runs in of.items() if name.startswith(prefix) and runs]
+            x, y = ([statistics.mean(values(runs, figure_, 100)) for runs in paired] for figure_ in ("ece", "miou"))
+            if paired:
+                axis.plot(x, y, linestyle="", marker=marker, color=colour, markersize=5, alpha=0.8, label=title)
         for name, marker, colour in (
             ("hard", "X", "black"),
             ("soft", "P", "black"),
@@ -278,15 +298,27 @@ def ablation_figure(rows: Sequence[Row], ablation: Mapping[str, Method]) -> Any:
             ("dacal", "*", "#A03000"),
         ):
             if of.get(name):
-                point(
-                    axis, of[name], colour, marker, label={"hard": "hard pseudo-labels", "soft": "soft, T = 1"}.get(name, name)
-                )
-        axis.set(xlabel="ECE %", ylabel="mIoU %", title="streets: the search")
-        axis.legend(loc="best", fontsize=8)
+                point(axis, differences(of[name], of["hard"]), colour, marker, label=table[name].title)
+        against_hard(axis, of["hard"])
+        axis.set(ylabel="mIoU against hard pseudo-labels, points", title="streets: the search")
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncol=2, fontsize=8)
         return figure
 
 
+def against_hard(axis: Any, hard: Runs) -> None:
+    """Lines through hard pseudo-labels, and a shade where what was aimed at is reached."""
+    axis.set_xlabel("ECE against hard pseudo-labels, points")
+    for line in (axis.axhline, axis.axvline):
+        line(0, color=plots.LIGHT_GREY, linewidth=0.7, zorder=0)
+    limits = axis.get_xlim(), axis.get_ylim()
+    right, bottom = 100 * AIM["ece"] * statistics.mean(values(hard, "ece")), 100 * AIM["miou"]
+    low, high = min(limits[0][0], 1.3 * right), max(limits[1][1], 1.5 * bottom)
+    axis.fill_between([low, right], bottom, high, color="#009E73", alpha=0.12, linewidth=0, zorder=0, label="aimed at")
+    axis.set(xlim=(low, limits[0][1]), ylim=(limits[1][0], high))
+
+
 def point(axis: Any, runs: Runs, colour: str, marker: str, *, label: Optional[str], small: bool = False) -> None:
+    """Means, and standard deviations over seeds as bars."""
     x, y = values(runs, "ece", 100), values(runs, "miou", 100)
     bars = {} if len(x) < 2 or small else {"xerr": statistics.stdev(x), "yerr": statistics.stdev(y)}
     axis.errorbar(
