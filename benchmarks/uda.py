@@ -32,7 +32,7 @@ from uda_report import write_report
 from dacal_addon import demo
 from dacal_addon.demo.datasets import NAMES, Dataset, load_dataset
 from dacal_addon.demo.self_training import RECIPES, Recipe, Start, predict, score, temperature_of, train, train_start
-from dacal_addon.metrics import reliability
+from dacal_addon.metrics import ece, reliability
 
 
 class Cell(NamedTuple):
@@ -54,6 +54,8 @@ class Job(NamedTuple):
 
     cell: Cell
     method: str
+    code: str
+    """A digest of everything that a run goes through."""
 
 
 def method_of(name: str) -> Method:
@@ -75,10 +77,10 @@ def shared(cell: Cell) -> Tuple[Dataset, Start]:
     return dataset, start
 
 
-def code_digest() -> str:
+def code_digest(*sources: Path) -> str:
     """Taken once, before anything is run: a file may be edited while the processes go on with what they have imported."""
     digest = hashlib.sha1()
-    for source in sorted(Path(demo.__path__[0]).glob("*.py")):
+    for source in sorted(sources):
         digest.update(source.read_bytes())
     return digest.hexdigest()
 
@@ -108,6 +110,7 @@ def run(job: Job) -> List[Dict[str, Any]]:
                 "confidence_auroc": confidence_auroc(logits, label),
                 **temperatures,
                 "seconds": round(seconds, 1),
+                "code": job.code,
                 "iterations": cell.recipe.iterations,
                 "bins": [
                     [int(n), round(float(c), 4), round(float(a), 4)] if n else [0, 0.0, 0.0]
@@ -140,12 +143,13 @@ def run(job: Job) -> List[Dict[str, Any]]:
 def diagnose(logits: Tensor, temperature: Optional[Tensor], label: Tensor) -> Dict[str, Optional[float]]:
     """What temperatures know of a network's errors, by true labels: nothing is trained on it. None without temperatures."""
     if temperature is None:
-        return {"temperature_mean": None, "temperature_auroc": None, "label_auroc": None}
+        return {"temperature_mean": None, "temperature_auroc": None, "label_auroc": None, "label_ece": None}
     wrong = logits.argmax(1) != label
     return {
         "temperature_mean": round(float(temperature.mean()), 4),
         "temperature_auroc": round(auroc(temperature[:, 0], wrong), 4),
         "label_auroc": confidence_auroc(logits / temperature, label),
+        "label_ece": round(ece(logits / temperature, label, input="logits"), 6),
     }
 
 
@@ -258,16 +262,24 @@ def train_missing(results: Results, options: argparse.Namespace) -> None:
             "threads": threads,  # two instead of one move mIoU by about a point, by rounding alone
         }
     )
-    code = code_digest()
+    of_starts = code_digest(*Path(demo.__path__[0]).glob("*.py"))
+    names = ("uda", "uda_methods", "uda_ablation", "post_hoc", "temperature_nets")
+    own = [Path(__file__).with_name(f"{name}.py") for name in names]
+    code = code_digest(*own, *Path(demo.__path__[0]).parent.rglob("*.py"))[:12]
+    of_other = sum(row.get("code") != code for row in results.rows)
+    if of_other:
+        print(f"{of_other} of the {len(results.rows)} runs that are there are of other code: see `code` there")
 
     def seeds_of(method: str) -> Sequence[int]:
         if options.seeds:
             return list(options.seeds)
-        return range(1 if options.quick else 3 if options.ablation else method_of(method).seeds)
+        seeds = method_of(method).seeds
+        return range(1 if options.quick else min(3, seeds) if options.ablation else seeds)
 
+    cache = str(options.cache)
     wanted = [(seed, method) for method in methods for seed in seeds_of(method)]
     jobs = [
-        Job(Cell(dataset, seed, recipes[dataset], train_images, test_images, options.device, code, str(options.cache)), method)
+        Job(Cell(dataset, seed, recipes[dataset], train_images, test_images, options.device, of_starts, cache), method, code)
         for seed in sorted({seed for seed, _ in wanted})
         for dataset in datasets
         for method in methods

@@ -270,11 +270,11 @@ def _net(student: Any, design: Design) -> nn.Module:
 
 
 def _bilevel(title: str, **changes: Any) -> Method:
-    return Method(title, partial(Variant, design=Design()._replace(**changes)))
+    return Method(title, partial(Variant, design=Design()._replace(**changes)), seeds=1)
 
 
 def _first(title: str, **changes: Any) -> Method:
-    return Method(title, partial(Variant, design=FIRST._replace(**changes)))
+    return Method(title, partial(Variant, design=FIRST._replace(**changes)), seeds=1)
 
 
 def _fitted(title: str, **changes: Any) -> Method:

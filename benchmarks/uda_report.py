@@ -26,12 +26,14 @@ def write_report(rows: Sequence[Row], out: Path, table: Mapping[str, Method], ab
     written[0].write_text(report(rows, table, ablation))
     main = [row for row in rows if row["method"].split("+")[0] in table]
     datasets = [name for name in NAMES if any(row["dataset"] == name for row in main)]
-    figures = {"uda_frontier.png": frontier(main, datasets, table)} if datasets else {}
+    # Both figures show differences from hard pseudo-labels.
+    with_hard = [name for name in datasets if any((row["dataset"], row["method"]) == (name, "hard") for row in rows)]
+    figures = {"uda_frontier.png": frontier(main, with_hard, table)} if with_hard else {}
     for name in datasets:
         tables, ece = pooled([row for row in main if row["dataset"] == name], table)
         if tables:
             figures[f"uda_reliability_{name}.png"] = plots.reliability_diagram(tables, ece=ece)
-    if any(row["method"] in ablation for row in rows):
+    if "streets" in with_hard and any(row["method"] in ablation for row in rows):
         figures["uda_ablation.png"] = ablation_figure(rows, table, ablation)
     for name, figure in figures.items():
         plots.save(figure, out / name)
@@ -55,8 +57,8 @@ def report(rows: Sequence[Row], table: Mapping[str, Method], ablation: Mapping[s
         "ECE in percent is that of the mean. AUROC of the confidence: the chance that a wrong pixel is less confident than a",
         "right one. Of T: the chance that the teacher's wrong pixels get a higher temperature than its right ones; above 0.5 T",
         "softens errors, below it softens what is right, most of all what is sure. Of the label: as of the confidence, for",
-        "the teacher's soft labels softmax(z / T). Behind a plus stands a calibration of the trained student, whose own T and",
-        "seconds the row shows. Bounds see target labels.",
+        "the teacher's soft labels softmax(z / T), whose ECE stands beside. Behind a plus stands a calibration of the trained",
+        "student, whose own T and seconds the row shows. Bounds see target labels.",
     ]
     main = [row for row in rows if row["method"].split("+")[0] in table]
     for dataset in NAMES:
@@ -138,6 +140,7 @@ FIGURES: Dict[str, Callable[[Runs], str]] = {
     "AUROC of confidence": lambda runs: spread(runs, "confidence_auroc", 1, 2),
     "of T": lambda runs: spread(runs, "temperature_auroc", 1, 2),
     "of the label": lambda runs: spread(runs, "label_auroc", 1, 2),
+    "ECE of the label %": lambda runs: spread(runs, "label_ece", 100, 2),
     "mean T": lambda runs: spread(runs, "temperature_mean", 1, 2),
     "s": lambda runs: spread(runs, "seconds", 1, 0).split(" ")[0],
 }
@@ -161,7 +164,7 @@ def by_method(rows: Sequence[Row], model: str) -> Dict[str, Dict[int, Row]]:
 
 
 def values(runs: Runs, figure: str, scale: float = 1.0) -> List[float]:
-    return [scale * row[figure] for row in runs.values() if row[figure] is not None]
+    return [scale * row[figure] for row in runs.values() if row.get(figure) is not None]
 
 
 def spread(runs: Runs, figure: str, scale: float, digits: int) -> str:
@@ -213,10 +216,13 @@ def change_of_ece(paired: Runs, other: Runs) -> float:
 
 
 def pooled(rows: Sequence[Row], table: Mapping[str, Method]) -> Tuple[Dict[str, ReliabilityTable], Dict[str, float]]:
-    """The students' reliability tables over all seeds, and the means of their ECE (pooling would let gaps cancel)."""
+    """The students' reliability tables over the seeds that all have, and the means of their ECE: pooled gaps could cancel."""
     of = by_method(rows, "student")
+    drawn = [name for name in DRAWN if name in of]
+    common = set.intersection(*(set(of[name]) for name in drawn)) if drawn else set()
+    of = {name: {seed: of[name][seed] for seed in common} for name in drawn}
     tables, ece = {}, {}
-    for method in [name for name in DRAWN if name in of]:
+    for method in drawn if common else []:
         bins = torch.tensor([row["bins"] for row in of[method].values()], dtype=torch.float64)
         pixels = bins[..., 0].sum(0)
         means = (bins[..., 1:] * bins[..., :1]).sum(0) / pixels[:, None]
@@ -249,12 +255,12 @@ def frontier(rows: Sequence[Row], datasets: Sequence[str], table: Mapping[str, M
             of = by_method([row for row in rows if row["dataset"] == dataset], "student")
             for base, method in table.items():
                 for calibration, marker in markers.items():
-                    runs = of.get(f"{base}+{calibration}" if calibration else base)
+                    paired = differences(of.get(f"{base}+{calibration}" if calibration else base, {}), of["hard"])
                     # The bound by true labels is far from the rest, and would squeeze it into a corner.
-                    if runs and base != "bound-labels":
+                    if paired and base != "bound-labels":
                         point(
                             axis,
-                            differences(runs, of["hard"]),
+                            paired,
                             colours[base],
                             marker,
                             label=None if calibration else method.title,
@@ -287,7 +293,8 @@ def ablation_figure(rows: Sequence[Row], table: Mapping[str, Method], ablation: 
         figure, axes = plots.new_figure(1, 1, (6.0, 5.0))
         axis = axes[0, 0]
         for prefix, title, colour, marker in groups:
-            paired = [differences(runs, of["hard"]) for name, runs in of.items() if name.startswith(prefix) and runs]
+            paired = [differences(runs, of["hard"]) for name, runs in of.items() if name.startswith(prefix)]
+            paired = [runs for runs in paired if runs]
             x, y = ([statistics.mean(values(runs, figure_, 100)) for runs in paired] for figure_ in ("ece", "miou"))
             if paired:
                 axis.plot(x, y, linestyle="", marker=marker, color=colour, markersize=5, alpha=0.8, label=title)
@@ -297,8 +304,9 @@ def ablation_figure(rows: Sequence[Row], table: Mapping[str, Method], ablation: 
             ("dacal-bilevel", "*", plots.BLUE),
             ("dacal", "*", "#A03000"),
         ):
-            if of.get(name):
-                point(axis, differences(of[name], of["hard"]), colour, marker, label=table[name].title)
+            own = differences(of.get(name, {}), of["hard"])
+            if own:
+                point(axis, own, colour, marker, label=table[name].title)
         against_hard(axis, of["hard"])
         axis.set(ylabel="mIoU against hard pseudo-labels, points", title="streets: the search")
         figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncol=2, fontsize=8)

@@ -1,9 +1,9 @@
 """One shape for every error message of the package, and the checks that several files share."""
 
-from typing import Optional, Sequence, Type, Union
+from typing import List, Optional, Sequence, Type, Union
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def problem(function: str, *, expected: str, got: object, remedy: str, error: Type[Exception] = ValueError) -> Exception:
@@ -61,6 +61,29 @@ def check_classes(function: str, name: str, label: Tensor, num_classes: int, ign
         expected = f"{name}: classes 0..{num_classes - 1} or ignore_index={ignore_index}"
         remedy = "map the labels to training ids, or set ignore_index"
         raise problem(function, expected=expected, got=f"the value {int(stray[0])}", remedy=remedy)
+
+
+def check_owner(function: str, name: str, optimizer: torch.optim.Optimizer, net: nn.Module, *, of: str) -> List[nn.Parameter]:
+    """`optimizer` must own the trainable parameters of the temperature net `of`, and none of another module; returns these."""
+    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not {id(p) for p in parameters} <= owned <= {id(p) for p in net.parameters()}:
+        raise problem(
+            function,
+            expected=f"{name} to own the trainable parameters of {of} and no others",
+            got=f"{len(owned)} parameters that are not these {len(parameters)}",
+            remedy="torch.optim.Adam(temperature_net.parameters(), lr=...)",
+        )
+    return parameters
+
+
+def check_image(function: str, name: str, value: object) -> Tensor:
+    """`value` must be a floating tensor N x K x H x W."""
+    expected = f"{name}: a floating tensor (N, K, H, W)"
+    x = check_tensor(function, name, value, expected=expected, remedy="pass a batch of images")
+    if x.dim() != 4 or not x.is_floating_point():
+        raise problem(function, expected=expected, got=describe(x), remedy="pass a normalised batch of images")
+    return x
 
 
 def check_choice(function: str, name: str, value: object, choices: Sequence[str]) -> None:

@@ -8,7 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._check import check_choice, check_classes, check_label, check_number, check_tensor, describe, problem
+from ._check import (
+    check_choice,
+    check_classes,
+    check_image,
+    check_label,
+    check_number,
+    check_owner,
+    check_tensor,
+    describe,
+    problem,
+)
 from .engines import Hypergradient, Student, check_supported, hypergradient, ranks_of
 from .engines import backward as plain_backward
 from .losses import CrossEntropyAndGap, cross_entropy, soft_cross_entropy
@@ -194,15 +204,7 @@ class BilevelCalibrationStep:
             remedy = "give the SoftPseudoLabeler a MetaTemperatureNet"
             raise problem(name, expected=expected, got=describe(net), remedy=remedy, error=TypeError)
         self.temperature_net = net
-        self._meta_parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-        owned = {id(parameter) for group in meta_optimizer.param_groups for parameter in group["params"]}
-        if not {id(p) for p in self._meta_parameters} <= owned <= {id(p) for p in net.parameters()}:
-            raise problem(
-                name,
-                expected="meta_optimizer to own the trainable parameters of labeler.temperature_net and no others",
-                got=f"{len(owned)} parameters that are not these {len(self._meta_parameters)}",
-                remedy="torch.optim.Adam(temperature_net.parameters(), lr=3e-4)",
-            )
+        self._meta_parameters = check_owner(name, "meta_optimizer", meta_optimizer, net, of="labeler.temperature_net")
         # Now, and not after a thousand iterations of warm-up.
         check_supported(student, optimizer, engine=engine, update_rule=update_rule, clip_norm=clip_norm)
         self.student = student
@@ -376,10 +378,7 @@ class BilevelCalibrationStep:
     def _check_batch(self, source_image: Any, source_label: Any, target_image: Any, teacher_logits: Any) -> None:
         name = "BilevelCalibrationStep"
         for what, image in (("source_image", source_image), ("target_image", target_image)):
-            expected = f"{what}: a floating tensor (N, K, H, W)"
-            x = check_tensor(name, what, image, expected=expected, remedy="pass a batch of images")
-            if x.dim() != 4 or not x.is_floating_point():
-                raise problem(name, expected=expected, got=describe(x), remedy="pass a normalised batch of images")
+            check_image(name, what, image)
         if source_image.shape != target_image.shape:
             expected = "source and target images of one shape"
             got = f"{tuple(source_image.shape)} and {tuple(target_image.shape)}"

@@ -158,8 +158,8 @@ def mixup_pairs(
         label: (N, H, W) int64, `ignore_index` where unlabelled.
         generator: draws by how many places the batch is rotated, 1..N-1: no image meets itself.
         share: of the dominant image, in 0..1.
-        differing: keep only pixels whose two labels differ, `ignore_index` elsewhere: PseudoCal's cross-cluster rule. A
-            pixel whose two images agree is easier than any pixel of either.
+        differing: keep only pixels whose two labels are known and differ, `ignore_index` elsewhere: PseudoCal's
+            cross-cluster rule. A pixel whose two images agree is easier than any pixel of either.
 
     Returns:
         The blended images and their labels, of the shapes of the inputs.
@@ -181,7 +181,10 @@ def mixup_pairs(
     check_number("mixup_pairs", "share", share, low=0.0, high=1.0, rule="in [0, 1]")
     shift = int(torch.randint(1, n, (1,), generator=generator, device=generator.device))
     blended = share * image + (1 - share) * image.roll(shift, 0)
-    return blended, label.masked_fill(label == label.roll(shift, 0), ignore_index) if differing else label
+    if not differing:
+        return blended, label
+    other = label.roll(shift, 0)
+    return blended, label.masked_fill((label == other) | (other == ignore_index), ignore_index)
 
 
 def _pixels(tensor: Tensor) -> Sequence[int]:

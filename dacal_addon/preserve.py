@@ -82,9 +82,9 @@ class StudentState:
 class Preserved:
     """The student's and the random states at the beginning, and those to leave behind; see `preserved`."""
 
-    def __init__(self, student: nn.Module) -> None:
+    def __init__(self, student: nn.Module, *, of: Sequence[Tensor] = ()) -> None:
         self._student = student
-        devices = {parameter.device for parameter in student.parameters() if parameter.is_cuda}
+        devices = {tensor.device for tensor in (*student.parameters(), *of) if tensor.is_cuda}
         self._devices = sorted(devices, key=str)
         self._start = self._snapshot()
         self._left = self._start
@@ -115,8 +115,10 @@ class Preserved:
 
 
 @contextmanager
-def preserved(student: nn.Module) -> Iterator[Preserved]:
+def preserved(student: nn.Module, *, of: Sequence[Tensor] = ()) -> Iterator[Preserved]:
     """Inside, draw random numbers, flip training flags and run the student; afterwards all is as before, also after an error.
+
+    The random states are the CPU's and those of the GPUs on which the student's parameters are, and the tensors `of`.
 
     Restored: the global random states, the student's buffers (BatchNorm's statistics), its training flags and what else its
     modules note down. Without an error, what `keep` was called on is left behind instead.
@@ -131,7 +133,7 @@ def preserved(student: nn.Module) -> Iterator[Preserved]:
         >>> bool((first == again).all()), student.training
         (True, True)
     """
-    state = Preserved(student)
+    state = Preserved(student, of=of)
     try:
         yield state
     except BaseException:

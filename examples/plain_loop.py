@@ -85,9 +85,9 @@ def main() -> None:
 
         # DA-Cal: what to call at every iteration
         if options.labels == "dacal":
-            loss = fit(teacher, target_image, teacher_logits.argmax(1), generator=generator)
+            fitted = fit(teacher, target_image, teacher_logits.argmax(1), generator=generator)
             if iteration % print_every == 0:
-                print(f"iteration {iteration}: {loss:.3f} nats on blends of target images")
+                print(f"iteration {iteration}: {fitted.skipped or f'{fitted.loss:.3f} nats on blends of target images'}")
         elif options.labels == "dacal-bilevel":
             result = calibrate(source_image, source_label, target_image, teacher_logits, mask=mask)
             if iteration % print_every == 0:

@@ -254,12 +254,22 @@ def check_fitted_temperatures(rank, expected):
         nn.init.constant_(net.last.weight, 1.0)
     image, label = fitting_batch(rank)
     fit = TemperatureFit(net, torch.optim.SGD(net.parameters(), lr=1.0))
-    losses = [fit(torch.exp, image, label, generator=generator(0)) for _ in range(2)]
+    losses = [fit(torch.exp, image, label, generator=generator(0)).loss for _ in range(2)]
     nothing = fit(torch.exp, image, torch.zeros_like(label), generator=generator(0))
-    assert nothing != nothing
+    assert nothing.skipped.startswith("no pixel is judged")
+    spoilt = fit(torch.log if rank else torch.exp, image, label, generator=generator(0))  # NaN on one rank
+    assert spoilt.skipped.startswith("loss or its gradient is not finite")
     found = [*losses, *(parameter.detach() for parameter in net.parameters())]
     for one, other in zip(found, expected):
         assert torch.allclose(torch.as_tensor(one), torch.as_tensor(other), atol=1e-6)
+
+    fit(torch.exp, image, label if rank else torch.zeros_like(label), generator=generator(0))  # judged on one rank alone
+    same = [torch.zeros_like(parameter) for parameter in net.parameters()]
+    for parameter, value in zip(net.parameters(), same):
+        value.copy_(parameter.detach())
+        torch.distributed.broadcast(value, 0)
+        assert torch.equal(value, parameter.detach())
+    assert not all(torch.equal(value, other) for value, other in zip(same, expected[2:]))
 
 
 def fitting_batch(rank):

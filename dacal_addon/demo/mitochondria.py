@@ -2,8 +2,8 @@
 
 After the transfer between electron-microscopy volumes on which the field compares (VNC III to Lucchi et al.), in miniature and
 procedural: cells with dark membranes, vesicles, and mitochondria, which alone are labelled. Source: a transmission microscope's
-section, stained and sharp. Target: block-face imaging, pale, blurred, noisy, with mitochondria whose staining varies and dark
-bodies (lipid, dense granules) that look like them.
+section, stained and sharp. Target: block-face imaging, pale, blurred, with mitochondria whose staining varies and dark bodies
+(lipid, dense granules) that look like them.
 """
 
 from typing import List, NamedTuple, Tuple
@@ -101,7 +101,7 @@ def source_look(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def target_look(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Block-face imaging: pale, soft, noisy, unevenly lit and stained. Returns (3, HEIGHT, WIDTH) float32 in 0..1, grey."""
+    """Block-face imaging: pale, soft, unevenly lit and stained. Returns (3, HEIGHT, WIDTH) float32 in 0..1, grey."""
     return _look(
         scene, rng, inside=(0.44, 0.64), contrast=(0.65, 0.95), body=(0.40, 0.56), blur=(0.4, 0.8), noise=(0.02, 0.04), fade=0.8
     )

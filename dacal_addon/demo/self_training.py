@@ -375,11 +375,12 @@ def evaluated(network: nn.Module, function: Callable[[Tensor], Any], image: Tens
     """A function of many images that runs the network: 25 at a time, in evaluation mode, the results on the CPU."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
-    with torch.no_grad():
-        result = torch.cat([function(part.to(device)).cpu() for part in image.split(25)])
-    for module, training in modes.items():
-        module.training = training
-    return result
+    try:
+        with torch.no_grad():
+            return torch.cat([function(part.to(device)).cpu() for part in image.split(25)])
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def score(logits: Tensor, label: Tensor) -> Scores:

@@ -43,10 +43,10 @@ from .shadows import shadowed, unshadowed
 _LOGGER = logging.getLogger("mmseg")  # the host's
 _IGNORE = 255  # of mmseg's heads, and of its class masks
 _STATE = "dacal."
-# Why the temperatures did not learn, by how `waiting`, `descend` and `Iteration._fit` begin to say it.
+# Why the temperatures did not learn, by how `waiting`, `descend`, `TemperatureFit` and `Iteration._fit` begin to say it.
 _WAITING = {"warmup": ("warm-up",), "every": ("every",)}
 _SKIPPED: Dict[str, Dict[str, Tuple[str, ...]]] = {
-    "fit": {**_WAITING, "not_finite": ("teacher's logits",), "unjudged": ("no pixel is judged",)},
+    "fit": {**_WAITING, "not_finite": ("teacher's logits", "loss or its gradient"), "unjudged": ("no pixel is judged",)},
     "bilevel": {
         **_WAITING,
         "not_finite": ("outer loss", "hypergradient is not finite"),
@@ -316,24 +316,22 @@ class Iteration:
             Why there was none; None if there was one.
         """
         teacher = self.host.get_ema_model()
+        if not bool(torch.isfinite(self.logits[0]).all()):
+            return "teacher's logits are not finite"
         with torch.no_grad():
             labels = self.calibration.labeler(self.logits[0], valid=self.valid)
         pseudo_label = labels.pseudo_label.masked_fill(labels.weight == 0, _IGNORE)
 
         def on_blends(image: Tensor) -> Tensor:
-            return _finite(teacher.encode_decode(image, self.target_metas))
+            logits: Tensor = teacher.encode_decode(image, self.target_metas)
+            return logits
 
         # A pass that the host does not make: nothing listens to it, and it leaves nothing behind.
         with unshadowed(teacher, "encode_decode"), _without_pictures(teacher), preserved(teacher):
-            try:
-                _finite(self.logits[0])
-                loss = fit(on_blends, self.target, pseudo_label, generator=self.calibration.generator)
-            except _NotFinite:
-                return "teacher's logits are not finite"
-        if math.isnan(loss):
-            return "no pixel is judged: the pseudo-labels that have a weight are all the same"
-        self.log_vars["dacal.fit_loss"] = loss
-        return None
+            result = fit(on_blends, self.target, pseudo_label, generator=self.calibration.generator)
+        if result.skipped is None:
+            self.log_vars["dacal.fit_loss"] = result.loss
+        return result.skipped
 
     def _meta_step(
         self, image: Tensor, img_metas: Any, hard_label: Tensor, weight: Optional[Tensor], mask: Tensor
@@ -458,16 +456,6 @@ def _without_pictures(network: nn.Module) -> Iterator[None]:
             if vars(module).get("debug"):
                 stack.enter_context(shadowed(module, "debug", lambda debug: False))
         yield
-
-
-class _NotFinite(Exception):
-    """Logits from which nothing can be learned; a step on them would spoil the temperature net for good."""
-
-
-def _finite(logits: Tensor) -> Tensor:
-    if not bool(torch.isfinite(logits).all()):
-        raise _NotFinite
-    return logits
 
 
 def _total(losses: Dict[str, Any]) -> Tensor:
