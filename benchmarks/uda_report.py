@@ -61,6 +61,7 @@ def report(rows: Sequence[Row], table: Mapping[str, Method], ablation: Mapping[s
         "student, whose own T and seconds the row shows. Bounds see target labels.",
     ]
     main = [row for row in rows if row["method"].split("+")[0] in table]
+    lines += ["", "## In short: students against hard pseudo-labels", "", *summary_lines(main, table)]
     for dataset in NAMES:
         for model in ("student", "EMA teacher"):
             of = by_method([row for row in main if row["dataset"] == dataset], model.split()[-1])
@@ -74,11 +75,32 @@ def report(rows: Sequence[Row], table: Mapping[str, Method], ablation: Mapping[s
     return "\n".join(lines) + "\n"
 
 
+def in_order(table: Mapping[str, Method]) -> List[str]:
+    """Every method, each followed by itself with the post-hoc calibrations."""
+    return [f"{base}{suffix}" for base in table for suffix in ("", *(f"+{name}" for name in CALIBRATIONS))]
+
+
+def summary_lines(rows: Sequence[Row], table: Mapping[str, Method]) -> List[str]:
+    """All data sets in one table: hard pseudo-labels' figures, and the others' differences from them."""
+    datasets = [name for name in NAMES if any(row["dataset"] == name for row in rows)]
+    of = {name: by_method([row for row in rows if row["dataset"] == name], "student") for name in datasets}
+    body = []
+    for method in [name for name in in_order(table) if any(name in runs for runs in of.values())]:
+        line = [title_of(method, table), "/".join(sorted({str(len(runs[method])) for runs in of.values() if method in runs}))]
+        for runs in of.values():
+            own = runs.get(method, {})
+            if method == "hard":
+                line.append(f"{spread(own, 'miou', 100, 1)}; {spread(own, 'ece', 100, 2)}")
+            else:
+                line.append("; ".join(filter(None, against(own, runs.get("hard", {})))))
+        body.append(line)
+    return markdown(["labels on target", "seeds", *(f"{name}: mIoU; ECE" for name in datasets)], body)
+
+
 def table_lines(of: Mapping[str, Runs], table: Mapping[str, Method]) -> List[str]:
     """The methods of one data set and model, with their post-hoc calibrations, against hard pseudo-labels."""
-    order = [f"{base}{suffix}" for base in table for suffix in ("", *(f"+{name}" for name in CALIBRATIONS))]
     body = []
-    for method in [name for name in order if name in of]:
+    for method in [name for name in in_order(table) if name in of]:
         body.append([title_of(method, table), *cells(of[method]), *against(of[method], of.get("hard", {}))])
     return markdown(["labels on target", *FIGURES, "mIoU against hard", "ECE against hard"], body)
 

@@ -71,9 +71,11 @@ def test_quick_runs_every_method_on_every_data_set(quick):
         assert np.average(np.abs(accuracy - confidence), weights=pixels) == pytest.approx(row["ece"], abs=2e-4)
         base, _, calibration = row["method"].partition("+")
         known = bool(calibration) or base.startswith(("dacal", "bilevel", "fi", "bound-f"))
-        assert all((row[name] is not None) == known for name in ("temperature_mean", "temperature_auroc", "label_auroc"))
+        of_temperatures = ("temperature_mean", "temperature_auroc", "label_auroc", "label_ece")
+        assert all((row[name] is not None) == known for name in of_temperatures)
         if calibration:  # of the student itself, whose logits were divided
             assert row["label_auroc"] == row["confidence_auroc"]
+            assert row["label_ece"] == row["ece"]
             assert calibration == "lts" or row["temperature_auroc"] == 0.5
     page = (quick / "uda.md").read_text()
     judged = [row for row in rows if "blends_accuracy" in row]
@@ -117,6 +119,21 @@ def test_an_interrupted_table_continues_where_it_was(quick, tmp_path):
     assert figures(again) == figures(rows)
 
 
+def test_a_part_of_the_table_has_a_report_too(quick, tmp_path):
+    """Without hard pseudo-labels, of which there are no differences then, and with those of another seed alone."""
+    from uda_ablation import ABLATION
+    from uda_methods import METHODS
+    from uda_report import write_report
+
+    rows = [row for row in json.loads((quick / "uda.json").read_text()) if row["method"] in ("mbls", "hard", "fit-restyled")]
+    without = [row for row in rows if row["method"] != "hard"]
+    apart = [*without, *({**row, "seed": 7} for row in rows if row["method"] == "hard")]
+    for part in (without, apart):
+        assert (tmp_path / "uda.md") in write_report(part, tmp_path, METHODS, ABLATION)
+        line = next(line for line in (tmp_path / "uda.md").read_text().splitlines() if line.startswith("| margin-based"))
+        assert line == "| margin-based smoothing | 1 |  |  |  |"
+
+
 def test_runs_of_other_settings_are_not_mixed_in(quick):
     refused = uda("--out", quick, "--iterations", "9", check=False)
     assert refused.returncode == 1
@@ -153,6 +170,36 @@ def test_bounds_alone_see_the_targets_labels(small):
         blind = same(small(method.make), small(method.make, mislabelled=True))
         assert blind == (not method.bound), name
         assert method.title.startswith("bound: ") == method.bound
+
+
+def test_every_method_sees_the_same_batches_and_dropout_seeds(small):
+    from uda_methods import METHODS
+
+    def seen(make):
+        noted = []
+
+        def noting(student, optimizer, recipe):
+            teaching = make(student, optimizer, recipe)
+            source_loss = teaching.source_loss
+
+            def first_of_an_iteration(batch):
+                images = [value.clone() for value in batch if isinstance(value, torch.Tensor)]
+                noted.append((images, torch.get_rng_state()))
+                return source_loss(batch)
+
+            teaching.source_loss = first_of_an_iteration
+            return teaching
+
+        small(noting)
+        return noted
+
+    expected = seen(METHODS["hard"].make)
+    assert len(expected) == 3
+    assert not torch.equal(expected[0][1], expected[1][1])
+    for name, method in METHODS.items():
+        for (images, state), (others, other_state) in zip(seen(method.make), expected):
+            assert all(torch.equal(one, other) for one, other in zip(images, others)), name
+            assert name == "source-only" or torch.equal(state, other_state), name  # which makes one pass fewer
 
 
 def test_a_design_without_a_change_is_the_tables_method(small):
