@@ -10,7 +10,7 @@ from .engines import Hypergradient, hypergradient
 from .losses import soft_cross_entropy
 from .pseudo_labels import SoftPseudoLabeler, SoftPseudoLabels
 from .temperature import MetaTemperatureNet
-from .temperature_fit import TemperatureFit
+from .temperature_fit import TemperatureFit, TemperatureFitResult
 
 __all__ = [
     "BilevelCalibrationStep",
@@ -20,6 +20,7 @@ __all__ = [
     "SoftPseudoLabeler",
     "SoftPseudoLabels",
     "TemperatureFit",
+    "TemperatureFitResult",
     "hypergradient",
     "soft_cross_entropy",
 ]
