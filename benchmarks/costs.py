@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from measuring import peak_bytes, peak_in_fresh_process, seconds
 from networks import ResidualSegmenter
 
-from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler
+from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, TemperatureFit
 from dacal_addon.mixing import class_mask, mix
 
 CLASSES = 19
@@ -36,7 +36,10 @@ def pieces(size: int, device: torch.device) -> Dict[str, Callable[[], object]]:
     logits = torch.randn(1, CLASSES, size, size, generator=g).to(device)
     student = ResidualSegmenter(CLASSES).to(device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
-    # The larger net, which the bilevel step is used with; the default one has 337 parameters.
+    small_net = MetaTemperatureNet(CLASSES).to(device)
+    fit = TemperatureFit(small_net, torch.optim.Adam(small_net.parameters(), lr=2e-3))
+    pair, pair_label = image.repeat(2, 1, 1, 1), torch.cat([label, (label + 1) % CLASSES])
+    # The larger net, which the bilevel step is used with.
     options: Dict[str, Any] = {"sees": "logits", "kernel_size": 3}
     net = MetaTemperatureNet(CLASSES, **options).to(device)
     rich_net = MetaTemperatureNet(CLASSES, feature_channels=student.feature_channels, **options).to(device)
@@ -68,12 +71,18 @@ def pieces(size: int, device: torch.device) -> Dict[str, Callable[[], object]]:
         F.cross_entropy(F.interpolate(student(image), size=size_, mode="bilinear", align_corners=False), label).backward()
         optimizer.step()
 
+    def teacher(x: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(student(x), size=(size, size), mode="bilinear", align_corners=False)
+
     return {
         "student forward": without_grad(lambda: student(image)),
         "plain training step": plain_step,
-        "MetaTemperatureNet": without_grad(lambda: net(logits)),
-        "MetaTemperatureNet, with features": without_grad(lambda: rich_net(logits, features)),
-        "SoftPseudoLabeler, all of it": without_grad(lambda: labeler(logits)),
+        "MetaTemperatureNet": without_grad(lambda: small_net(logits)),
+        "MetaTemperatureNet, the larger one": without_grad(lambda: net(logits)),
+        "the same with features": without_grad(lambda: rich_net(logits, features)),
+        "SoftPseudoLabeler": without_grad(lambda: SoftPseudoLabeler(small_net)(logits)),
+        "SoftPseudoLabeler, the larger net": without_grad(lambda: labeler(logits)),
+        "TemperatureFit, on 2 images": lambda: fit(teacher, pair, pair_label, generator=g),
         "class_mask": lambda: class_mask(label, generator=g),
         "mix, soft labels": lambda: mix(label.unsqueeze(1) > 9, label, logits),
         **{f"meta-step, engine {name}": partial(step, image, label, image, logits) for name, step in calibrate.items()},
@@ -109,7 +118,7 @@ def main() -> None:
     peaks = {
         name: peak_in_fresh_process(*arguments, name)
         for name in works
-        if name == "plain training step" or name.startswith("meta-step")
+        if name == "plain training step" or name.startswith(("meta-step", "TemperatureFit"))
     }
     print(f"{CLASSES} x {options.size} x {options.size}, torch {torch.__version__}, {device}")
     print(f"{'':<36}{'ms':>8}{'student forwards':>19}{'peak memory':>14}")

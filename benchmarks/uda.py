@@ -210,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *ABLATION], metavar="METHOD", help="default: the table's")
     parser.add_argument("--datasets", nargs="+", choices=NAMES)
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 to 2, and 3 and 4 for the rows that are compared")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 and on, as many as a method says")
     parser.add_argument("--ablation", action="store_true", help="the search on `streets` instead of the table")
     parser.add_argument("--quick", action="store_true", help="one seed, few images and iterations: only a check that it runs")
     parser.add_argument("--iterations", type=int, help="of each run; source training is scaled with it")

@@ -277,8 +277,8 @@ def _first(title: str, **changes: Any) -> Method:
     return Method(title, partial(Variant, design=FIRST._replace(**changes)), seeds=1)
 
 
-def _fitted(title: str, **changes: Any) -> Method:
-    return Method(title, partial(Variant, design=FITTED._replace(**changes)))
+def _fitted(title: str, *, seeds: int = 1, **changes: Any) -> Method:
+    return Method(title, partial(Variant, design=FITTED._replace(**changes)), seeds=seeds)
 
 
 BASES = ("hard", "soft", "dacal-bilevel", "dacal")
@@ -347,9 +347,11 @@ ABLATION: Dict[str, Method] = {
     "fit-pasted": _fitted("fitted on source pixels pasted into target", fit_sets=("source_pixels",)),
     "fit-restyled": _fitted("fitted on restyled source", fit_sets=("restyled",)),
     "fit-blends-and-pasted": _fitted("fitted on blends and pasted source", fit_sets=("differing", "source_pixels")),
-    "fit-unweighted": _fitted("class shares as on the blends", class_shares=False),
-    "fit-unweighted-brier": _fitted("class shares as on the blends, fitted by Brier", class_shares=False, fit_loss="brier"),
-    "fit-brier": _fitted("fitted by Brier", fit_loss="brier"),
+    "fit-unweighted": _fitted("class shares as on the blends", class_shares=False, seeds=3),
+    "fit-unweighted-brier": _fitted(
+        "class shares as on the blends, fitted by Brier", class_shares=False, fit_loss="brier", seeds=3
+    ),
+    "fit-brier": _fitted("fitted by Brier", fit_loss="brier", seeds=3),
     "fit-gap": _fitted("fitted by binned gap, l2", fit_loss="gap"),
     "fit-lr-5e-4": _fitted("learning rate 5e-4", fit_lr=5e-4),
     "fit-lr-1e-2": _fitted("learning rate 1e-2", fit_lr=1e-2),
