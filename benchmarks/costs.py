@@ -1,6 +1,6 @@
 """What each piece costs: time in student forward passes, and the peak memory of training with the meta-step over without.
 
-    python benchmarks/costs.py            # two minutes on two cores
+    python benchmarks/costs.py            # four minutes on two cores
     python benchmarks/costs.py --device cuda
 
 All pieces run in turn in one process, and the medians of their ratios to the forward pass beside them are printed, so that a

@@ -223,7 +223,9 @@ def main() -> None:
     parser.add_argument(
         "--cache", type=Path, default=Path(tempfile.gettempdir()) / "dacal-uda", help="images and common starts"
     )
-    parser.add_argument("--report", action="store_true", help="train nothing; write uda.md and the figures again")
+    parser.add_argument(
+        "--report", action="store_true", help="train nothing; write uda.md and the figures again, of the --seeds"
+    )
     options = parser.parse_args()
     if options.out is None:
         options.out = Path(tempfile.mkdtemp(prefix="dacal-uda-") if options.quick else Path(__file__).parent / "results")
@@ -231,8 +233,9 @@ def main() -> None:
     results = Results(options.out / "uda.json")
     if not options.report:
         train_missing(results, options)
-    if results.rows:
-        for path in write_report(results.rows, options.out, METHODS, ABLATION):
+    rows = [row for row in results.rows if not (options.report and options.seeds) or row["seed"] in options.seeds]
+    if rows:
+        for path in write_report(rows, options.out, METHODS, ABLATION):
             print(f"written: {path}")
 
 

@@ -228,13 +228,9 @@ def against(own: Runs, other: Runs) -> List[str]:
     signed = [
         text if text.startswith("-") else f"+{text}" for text in (spread(paired, "miou", 100, 1), spread(paired, "ece", 100, 2))
     ]
-    return [signed[0], f"{100 * change_of_ece(paired, other):+.0f} % ({signed[1]})"]
-
-
-def change_of_ece(paired: Runs, other: Runs) -> float:
-    """Of the mean over the seeds of `paired`, as a fraction of the mean of `other`'s."""
     before = {seed: other[seed] for seed in paired}
-    return statistics.mean(values(paired, "ece")) / statistics.mean(values(before, "ece"))
+    change = statistics.mean(values(paired, "ece")) / statistics.mean(values(before, "ece"))
+    return [signed[0], f"{100 * change:+.0f} % ({signed[1]})"]
 
 
 def pooled(rows: Sequence[Row], table: Mapping[str, Method]) -> Tuple[Dict[str, ReliabilityTable], Dict[str, float]]:
@@ -304,6 +300,7 @@ def frontier(rows: Sequence[Row], datasets: Sequence[str], table: Mapping[str, M
 def ablation_figure(rows: Sequence[Row], table: Mapping[str, Method], ablation: Mapping[str, Method]) -> Any:
     """mIoU against ECE of every variant of the search, as means of paired differences from hard pseudo-labels."""
     of = by_method([row for row in rows if row["dataset"] == "streets"], "student")
+    hard = of["hard"]
     seeds = set().union(*(runs for name, runs in of.items() if name in ablation))
     of = {name: {seed: row for seed, row in runs.items() if seed in seeds} for name, runs in of.items()}
     groups = [
@@ -315,7 +312,7 @@ def ablation_figure(rows: Sequence[Row], table: Mapping[str, Method], ablation: 
         figure, axes = plots.new_figure(1, 1, (6.0, 5.0))
         axis = axes[0, 0]
         for prefix, title, colour, marker in groups:
-            paired = [differences(runs, of["hard"]) for name, runs in of.items() if name.startswith(prefix)]
+            paired = [differences(runs, hard) for name, runs in of.items() if name.startswith(prefix)]
             paired = [runs for runs in paired if runs]
             x, y = ([statistics.mean(values(runs, figure_, 100)) for runs in paired] for figure_ in ("ece", "miou"))
             if paired:
@@ -326,10 +323,10 @@ def ablation_figure(rows: Sequence[Row], table: Mapping[str, Method], ablation: 
             ("dacal-bilevel", "*", plots.BLUE),
             ("dacal", "*", "#A03000"),
         ):
-            own = differences(of.get(name, {}), of["hard"])
+            own = differences(of.get(name, {}), hard)
             if own:
                 point(axis, own, colour, marker, label=table[name].title)
-        against_hard(axis, of["hard"])
+        against_hard(axis, hard)
         axis.set(ylabel="mIoU against hard pseudo-labels, points", title="streets: the search")
         figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncol=2, fontsize=8)
         return figure

@@ -148,8 +148,8 @@ class TemperatureFit:
         counts = (self._class_counts(each, logits.shape[1]) for each in (label, pseudo_label))
         of_class = class_share_weights(*(ranks.total(count) for count in counts))
         weight = of_class[label.masked_fill(label == self.ignore_index, 0)]
-        logits_of_t = logits.clamp(min=_LOGIT_FLOOR) / self.temperature_net(*inputs)
-        loss = self.loss(logits_of_t, label, weight, ignore_index=self.ignore_index)
+        calibrated = logits.clamp(min=_LOGIT_FLOOR) / self.temperature_net(*inputs)
+        loss = self.loss(calibrated, label, weight, ignore_index=self.ignore_index)
         loss = loss * (judged / on_average).to(loss.dtype)
         grads = ranks.average(torch.autograd.grad(loss, self._parameters), self._parameters)
         of_all = float(ranks.average_number(loss))

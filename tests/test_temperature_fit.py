@@ -65,7 +65,7 @@ def squares(z, y):
 def test_one_temperature_comes_to_the_minimum_that_scipy_finds(options, of):
     teacher = Teacher().eval()
     label = labels_of(teacher)
-    label[0, 0] = 255  # the host's own ignored row
+    label[1, 0] = 255  # the host's own ignored row
     with torch.no_grad():
         z = teacher(0.65 * IMAGE + 0.35 * IMAGE[[1, 0]])  # of two images, each meets the other
     judged = (label != 255) & (label[[1, 0]] != 255) & (label != label[[1, 0]])
@@ -74,7 +74,7 @@ def test_one_temperature_comes_to_the_minimum_that_scipy_finds(options, of):
     everywhere = label[label != 255].tolist()
     weight = torch.tensor([everywhere.count(c) / y.tolist().count(c) for c in y.tolist()], dtype=torch.float64)
     weight = weight / weight.mean()
-    assert float(weight.max()) > 1.05
+    assert float(weight.max()) > 1.1
 
     def cost(t):
         return float((weight * of(z / t, y)).mean())
