@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, List
 
 import torch
 import torch.nn.functional as F
-from measuring import peak_bytes, peak_in_fresh_process, seconds
+from measuring import device_name, peak_bytes, peak_in_fresh_process, seconds
 from networks import ResidualSegmenter
 
 from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, TemperatureFit
@@ -120,7 +120,7 @@ def main() -> None:
         for name in works
         if name == "plain training step" or name.startswith(("meta-step", "TemperatureFit"))
     }
-    print(f"{CLASSES} x {options.size} x {options.size}, torch {torch.__version__}, {device}")
+    print(f"{CLASSES} x {options.size} x {options.size}, torch {torch.__version__}, {device_name(device)}")
     print(f"{'':<36}{'ms':>8}{'student forwards':>19}{'peak memory':>14}")
     for name, own in times.items():
         ratio = statistics.median(a / b for a, b in zip(own, times["student forward"]))

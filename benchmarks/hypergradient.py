@@ -21,7 +21,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
-from measuring import peak_bytes, peak_in_fresh_process, seconds
+from measuring import device_name, peak_bytes, peak_in_fresh_process, seconds
 from networks import Activation, AttentionSegmenter
 from torch import Tensor, nn
 
@@ -311,7 +311,7 @@ def main() -> None:
         "size": options.size,
         "batch": options.batch,
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "device": device_name(device),
         "rows": rows,
         "agreement": {kind.__name__: agreement(device, kind, optimizers) for kind in (nn.GELU, nn.ReLU)},
     }

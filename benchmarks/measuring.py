@@ -21,6 +21,13 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begun
 
 
+def device_name(device: torch.device) -> str:
+    """For a report: the GPU's name, or the CPU's threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
 def peak_bytes(make_work: Callable[[], Callable[[], object]], device: torch.device, *, calls: int = 3) -> int:
     """The peak memory of this process while it builds the work and calls it; take a fresh process for each figure."""
     if device.type != "cuda":

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
-from measuring import peak_bytes, peak_in_fresh_process, seconds
+from measuring import device_name, peak_bytes, peak_in_fresh_process, seconds
 from torch import Tensor
 
 from dacal_addon.metrics import CalibrationStats
@@ -212,13 +212,14 @@ def main() -> None:
     print(f"{'':<36}{'ms':>8}{'reads':>8}{'MB extra, 8 images':>20}{'64':>8}")
     for row in rows:
         extra = [f"{row['extra_bytes'][n] / 1e6:.0f}" if n in row.get("extra_bytes", {}) else "" for n in ("8", "64")]
-        print(f"{row['name']:<36}{row['milliseconds']:8.0f}{row['reads']:8.1f}{extra[0]:>20}{extra[1]:>8}".rstrip())
+        print(f"{row['name']:<36}{row['milliseconds']:8.2f}{row['reads']:8.1f}{extra[0]:>20}{extra[1]:>8}".rstrip())
     if missing:
         print(f"Not installed: {', '.join(missing)}.")
-    setting = {"size": [CLASSES, *size], "device": str(device), "threads": options.threads, "runs": options.runs}
+    setting = {"size": [CLASSES, *size], "device": device_name(device), "threads": options.threads, "runs": options.runs}
     report = {**setting, "versions": {"torch": torch.__version__, **versions}, "rows": rows}
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "metrics_throughput.json").write_text(json.dumps(report, indent=2) + "\n")
+    name = "metrics_throughput" if device.type == "cpu" else "metrics_throughput_cuda"
+    (options.out / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Three families, each varied around a method: `bilevel-*` around `dacal-bilevel` (the paper's meta-step); `first-*` around
 `first`, the first configuration of temperatures fitted directly, from which the search went on to the default; `fit-*` around
-that, `dacal`. All are trained and scored by `uda.py --ablation`.
+that, `dacal`. `fit-late-*` begin as `hard`. All are trained and scored by `uda.py --ablation`.
 """
 
 from functools import partial
@@ -16,7 +16,7 @@ from torch.func import functional_call
 from uda_methods import Method
 
 from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, soft_cross_entropy
-from dacal_addon.demo.self_training import Batch, Recipe, Teaching
+from dacal_addon.demo.self_training import Batch, DACal, HardLabels, Recipe, Teaching
 from dacal_addon.losses import CrossEntropyAndGap, brier, calibration_gap, cross_entropy
 from dacal_addon.mixing import cut_mask, mix
 from dacal_addon.outer_sets import OUTER_SETS, DomainBatch, OuterBatch, target_mixup
@@ -251,6 +251,26 @@ class Variant(Teaching):
         return temperature
 
 
+class HardFirst(DACal):
+    """Hard labels for a share of the iterations, then the default; the temperatures are fitted from the beginning."""
+
+    title = "hard labels, then fitted temperatures"
+
+    def __init__(self, student: Any, optimizer: torch.optim.Optimizer, recipe: Recipe, *, share: float) -> None:
+        super().__init__(student, optimizer, recipe)
+        self.hard = HardLabels(student, optimizer, recipe)
+        self.left = round(share * recipe.iterations)
+
+    def teach(self, teacher: Any, batch: Batch) -> str:
+        self.left -= 1
+        if self.left < 0:
+            return super().teach(teacher, batch)
+        with torch.no_grad():
+            logits = teacher(batch.target_image)
+        self.fit_temperatures(teacher, batch, logits)
+        return self.hard.teach(teacher, batch)
+
+
 def _net(student: Any, design: Design) -> nn.Module:
     classes = student.head.out_channels
     if design.sees == "nothing":
@@ -279,6 +299,10 @@ def _first(title: str, **changes: Any) -> Method:
 
 def _fitted(title: str, *, seeds: int = 1, **changes: Any) -> Method:
     return Method(title, partial(Variant, design=FITTED._replace(**changes)), seeds=seeds)
+
+
+def _late(share: float) -> Method:
+    return Method(f"hard labels for {share:.0%} of the iterations, then fitted", partial(HardFirst, share=share), seeds=3)
 
 
 BASES = ("hard", "soft", "dacal-bilevel", "dacal")
@@ -359,4 +383,7 @@ ABLATION: Dict[str, Method] = {
     "fit-weight-confidence": _fitted("weights by confidence", weight="confidence"),
     "fit-weight-none": _fitted("weights 1", weight="none"),
     "fit-and-bilevel": _fitted("with the bilevel step besides", learn=("fit", "bilevel")),
+    "fit-late-50": _late(0.5),
+    "fit-late-75": _late(0.75),
+    "fit-late-90": _late(0.9),
 }

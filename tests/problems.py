@@ -51,7 +51,7 @@ class Student(nn.Module):
         return F.interpolate(self.last(x), scale_factor=2, mode="bilinear", align_corners=False)
 
 
-def problem(dtype=torch.float64, size=8):
+def problem(dtype=torch.float64, size=8, device="cpu"):
     """Closures as a host would write them: soft labels of a temperature net, uneven weights, hard outer labels."""
     image, outer_image = randn(2, 3, size, size, seed=1).to(dtype), randn(2, 3, size, size, seed=2).to(dtype)
     teacher_logits = 3 * randn(2, 4, size, size, seed=3).to(dtype)
@@ -62,7 +62,10 @@ def problem(dtype=torch.float64, size=8):
     net = MetaTemperatureNet(4, hidden_channels=4, generator=generator(6)).double()
     with torch.no_grad():
         net.last.weight.copy_(0.1 * randn(1, 4, 1, 1, seed=7))
-    net.to(dtype)
+    net.to(device, dtype)
+    image, outer_image, teacher_logits, weight, outer_label = (
+        x.to(device) for x in (image, outer_image, teacher_logits, weight, outer_label)
+    )
     labeler = SoftPseudoLabeler(net)
 
     def inner(f):

@@ -1,0 +1,164 @@
+"""On a GPU: what a CPU gives, with TF32 as torch has it by default, and the GPU's random state left alone. CI has no GPU."""
+
+import copy
+
+import pytest
+import torch
+from problems import ENGINES, OPTIMIZERS, Student, distance, problem, randn, with_history
+from torch import nn
+
+from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, TemperatureFit, hypergradient
+from dacal_addon.demo.network import SmallUNet
+from dacal_addon.metrics import CalibrationStats
+from dacal_addon.mixing import class_mask, cut_mask, mix
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+GPU = torch.device("cuda")
+every_engine = pytest.mark.parametrize("engine", ENGINES)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def batch(seed=0):
+    g = generator(seed)
+    label = torch.randint(0, 5, (2, 4, 8), generator=g).repeat_interleave(8, 1).repeat_interleave(4, 2)
+    label[:, :3] = 255
+    return [x.to(GPU) for x in (torch.rand(2, 3, 32, 32, generator=g), label, torch.rand(2, 3, 32, 32, generator=g))]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on loading its compiler
+@pytest.mark.parametrize("compiled", [False, True])
+def test_metrics_count_the_same_pixels(compiled):
+    logits, label = 4 * randn(3, 6, 40, 50).float(), torch.randint(0, 6, (3, 40, 50), generator=generator())
+    label[0, :5] = 255
+    figures = []
+    for device in ("cpu", GPU):
+        stats = CalibrationStats(
+            6, input="logits", classwise=True, per_image=True, compile=compiled and device is GPU, device=device
+        )
+        for part in (0, 1, 2):
+            stats.update(logits[part : part + 1].to(device), label[part : part + 1].to(device))
+        bins = stats.reliability()
+        assert bins.pixels.sum() == 3 * 40 * 50 - 5 * 50
+        figures.append(
+            [
+                stats.ece(),
+                stats.nll(),
+                stats.miou(),
+                stats.mean_confidence(),
+                *bins.confidence.tolist(),
+                *bins.accuracy.tolist(),
+            ]
+        )
+    assert figures[1] == pytest.approx(figures[0], rel=1e-12, nan_ok=True)
+
+
+@every_engine
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_hypergradient_is_the_cpus(kind, engine):
+    found = []
+    for device in ("cpu", GPU):
+        student = Student()
+        student.dropout.p = 0.0  # its masks are another generator's
+        optimizer = with_history(OPTIMIZERS[kind], student)
+        net, inner, outer = problem(device=device)
+        student.to(device)
+        for state in optimizer.state.values():  # as `load_state_dict` would
+            state.update({name: value.to(device) for name, value in state.items() if torch.is_tensor(value) and value.dim()})
+        result = hypergradient(student, inner, outer, list(net.parameters()), optimizer=optimizer, engine=engine)
+        found.append([grad.cpu() for grad in result.grads])
+    assert distance(found[1], found[0]) < {"finite_difference": 1e-5}.get(engine, 1e-9)
+
+
+@pytest.fixture(params=["torch's default", "all TF32"])
+def precision(request):
+    """TF32 as it may be in a training script: cuDNN's is on by default."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = request.param == "all TF32" or before
+    yield lambda: (matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+    matmul.allow_tf32 = before
+
+
+@every_engine
+def test_a_meta_step_in_tf32_is_taken_and_nearly_exact(precision, engine):
+    """No engine takes TF32's rounding for another function of the parameters, and the switches are as they were."""
+    switches = precision()
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        student = SmallUNet(5, seed=0).to(GPU, dtype)
+        net = MetaTemperatureNet(5, sees="logits", kernel_size=3, generator=generator(1)).to(GPU, dtype)
+        nn.init.constant_(net.last.weight, 0.05)
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)  # a first step of Adam's is a sign, which rounding turns
+        meta = torch.optim.SGD(net.parameters(), lr=1.0)
+        labeler = SoftPseudoLabeler(net, weight="none")
+        step = BilevelCalibrationStep(student, labeler, optimizer=optimizer, meta_optimizer=meta, warmup=0, engine=engine)
+        source, label, target = batch()
+        student.dropout.p = 0.0
+        before = [p.detach().clone() for p in net.parameters()]
+        logits = 3 * randn(2, 5, 32, 32, seed=3).to(GPU, dtype)
+        result = step(source.to(dtype), label, target.to(dtype), logits, generator=generator())
+        assert not result.skipped
+        found.append([new.detach() - old for new, old in zip(net.parameters(), before)])
+    assert distance(found[1], found[0]) < 0.1
+    assert precision() == switches
+
+
+@every_engine
+def test_under_autocast_a_meta_step_is_taken(engine):
+    student = SmallUNet(5, seed=0).to(GPU)
+    net = MetaTemperatureNet(5, generator=generator(1)).to(GPU)
+    labeler, meta = SoftPseudoLabeler(net, weight="none"), torch.optim.Adam(net.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+    step = BilevelCalibrationStep(student, labeler, optimizer=optimizer, meta_optimizer=meta, warmup=0, engine=engine)
+    before = copy.deepcopy(net.state_dict())
+    source, label, target = batch()
+    with torch.autocast("cuda", dtype=torch.float16):
+        with torch.no_grad():
+            logits = student(target)
+        result = step(source, label, target, logits, generator=generator())
+    assert not result.skipped
+    assert any(not torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("engine", [None, *ENGINES])
+def test_leaves_the_gpus_random_state_and_buffers(engine):
+    student = SmallUNet(5, seed=0).to(GPU)  # draws dropout masks on the GPU
+    net = MetaTemperatureNet(5).to(GPU)
+    meta = torch.optim.Adam(net.parameters(), lr=1e-2)
+    source, label, target = batch()
+    student(source)
+    buffers, random = copy.deepcopy(dict(student.named_buffers())), torch.cuda.get_rng_state()
+    with torch.no_grad():
+        logits = copy.deepcopy(student)(target)
+    torch.cuda.set_rng_state(random)
+    if engine is None:
+        result = TemperatureFit(net, meta)(student, target, logits.argmax(1), generator=generator())
+    else:
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+        labeler = SoftPseudoLabeler(net, weight="none")
+        step = BilevelCalibrationStep(student, labeler, optimizer=optimizer, meta_optimizer=meta, warmup=0, engine=engine)
+        result = step(source, label, target, logits, generator=generator())
+    assert not result.skipped
+    assert torch.equal(torch.cuda.get_rng_state(), random)
+    assert all(torch.equal(value, buffers[name]) for name, value in student.named_buffers())
+
+
+def test_a_generator_of_the_cpu_draws_the_cpus_masks_and_labels_are_the_same():
+    source, label, target = batch()
+    mask = class_mask(label, generator=generator(4))
+    assert torch.equal(mask.cpu(), class_mask(label.cpu(), generator=generator(4)))
+    assert torch.equal(mix(mask, source, target).cpu(), mix(mask.cpu(), source.cpu(), target.cpu()))
+    assert torch.equal(
+        cut_mask((2, 9, 9), generator=generator(4), device=GPU).cpu(),
+        cut_mask((2, 9, 9), generator=generator(4), device=torch.device("cpu")),
+    )
+    net, logits = MetaTemperatureNet(5, generator=generator(1)).double(), 3 * randn(2, 5, 8, 8)
+    nn.init.constant_(net.last.weight, 0.3)
+    with torch.no_grad():
+        expected = SoftPseudoLabeler(net)(logits)
+        found = SoftPseudoLabeler(net.to(GPU))(logits.to(GPU))
+    torch.testing.assert_close(found.soft_label.cpu(), expected.soft_label, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.weight.cpu(), expected.weight)
