@@ -208,14 +208,14 @@ def main() -> None:
             row["extra_bytes"] = {str(n): peak_in_fresh_process(*arguments, name, str(n)) for n in MEMORY_AFTER[name]}
         rows.append(row)
     missing = [name for name, found in versions.items() if not found]
-    print(f"{CLASSES} x {size[0]} x {size[1]} float32, torch {torch.__version__}, {device}, {options.threads} thread(s)")
+    print(f"{CLASSES} x {size[0]} x {size[1]} float32, torch {torch.__version__}, {device_name(device)}")
     print(f"{'':<36}{'ms':>8}{'reads':>8}{'MB extra, 8 images':>20}{'64':>8}")
     for row in rows:
         extra = [f"{row['extra_bytes'][n] / 1e6:.0f}" if n in row.get("extra_bytes", {}) else "" for n in ("8", "64")]
         print(f"{row['name']:<36}{row['milliseconds']:8.2f}{row['reads']:8.1f}{extra[0]:>20}{extra[1]:>8}".rstrip())
     if missing:
         print(f"Not installed: {', '.join(missing)}.")
-    setting = {"size": [CLASSES, *size], "device": device_name(device), "threads": options.threads, "runs": options.runs}
+    setting = {"size": [CLASSES, *size], "device": device_name(device), "runs": options.runs}
     report = {**setting, "versions": {"torch": torch.__version__, **versions}, "rows": rows}
     options.out.mkdir(parents=True, exist_ok=True)
     name = "metrics_throughput" if device.type == "cpu" else "metrics_throughput_cuda"

@@ -2,7 +2,7 @@
 
 Three families, each varied around a method: `bilevel-*` around `dacal-bilevel` (the paper's meta-step); `first-*` around
 `first`, the first configuration of temperatures fitted directly, from which the search went on to the default; `fit-*` around
-that, `dacal`. All are trained and scored by `uda.py --ablation`.
+that, `dacal`, of which `fit-late-75` begins as `hard`. All are trained and scored by `uda.py --ablation`.
 """
 
 from functools import partial
@@ -254,7 +254,7 @@ class Variant(Teaching):
 class HardFirst(DACal):
     """Hard labels for a share of the iterations, then the default; the temperatures are fitted from the beginning."""
 
-    title = "hard labels, then fitted temperatures"
+    title = "hard labels for a share of the iterations"
 
     def __init__(self, student: Any, optimizer: torch.optim.Optimizer, recipe: Recipe, *, share: float) -> None:
         super().__init__(student, optimizer, recipe)
