@@ -21,7 +21,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
-from measuring import device_name, peak_bytes, peak_in_fresh_process, seconds
+from measuring import device_name, peak_bytes, peak_in_fresh_process, result_name, seconds
 from networks import Activation, AttentionSegmenter
 from torch import Tensor, nn
 
@@ -316,7 +316,7 @@ def main() -> None:
         "agreement": {kind.__name__: agreement(device, kind, optimizers) for kind in (nn.GELU, nn.ReLU)},
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    name = "hypergradient" if device.type == "cpu" else "hypergradient_cuda"
+    name = result_name("hypergradient", device)
     (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(result, options.out / f"{name}.png")
     print(table(result))

@@ -28,6 +28,11 @@ def device_name(device: torch.device) -> str:
     return f"cpu, {torch.get_num_threads()} threads"
 
 
+def result_name(benchmark: str, device: torch.device) -> str:
+    """Of the files in results/, so that a GPU's do not replace the CPU's."""
+    return benchmark if device.type == "cpu" else f"{benchmark}_{device.type}"
+
+
 def peak_bytes(make_work: Callable[[], Callable[[], object]], device: torch.device, *, calls: int = 3) -> int:
     """The peak memory of this process while it builds the work and calls it; take a fresh process for each figure."""
     if device.type != "cuda":

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
-from measuring import device_name, peak_bytes, peak_in_fresh_process, seconds
+from measuring import device_name, peak_bytes, peak_in_fresh_process, result_name, seconds
 from torch import Tensor
 
 from dacal_addon.metrics import CalibrationStats
@@ -218,8 +218,7 @@ def main() -> None:
     setting = {"size": [CLASSES, *size], "device": device_name(device), "runs": options.runs}
     report = {**setting, "versions": {"torch": torch.__version__, **versions}, "rows": rows}
     options.out.mkdir(parents=True, exist_ok=True)
-    name = "metrics_throughput" if device.type == "cpu" else "metrics_throughput_cuda"
-    (options.out / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+    (options.out / f"{result_name('metrics_throughput', device)}.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

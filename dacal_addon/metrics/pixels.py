@@ -17,8 +17,8 @@ from .totals import Totals
 Prediction = Union[Tensor, Tuple[Tensor, Tensor]]
 # Elements (classes x pixels) of a piece, whose float64 copy takes 6.4 MB. A quarter of it would fit the second-level cache of a
 # CPU's core and is no faster; but several threads then wait for each other (0.21 s an image in two threads, 0.13 s with these).
-# On a GPU launches are what counts: 19 x 1024 x 2048 in 86 pieces of 500,000 took an H100 14 ms, and the launches 105 ms (a
-# profile). With its temporaries a piece takes, by estimate, 30 bytes an element there: 120 MB.
+# On a GPU launches are what counts: 19 x 1024 x 2048 in 86 pieces of 500,000 took an H100 14 ms, and the launches 105 ms (in
+# torch.profiler). With its temporaries a piece takes, by estimate, 30 bytes an element there: 120 MB.
 _ELEMENTS = {"cpu": 800_000, "cuda": 4_000_000}
 # torch 1.7 cannot write a comparison into a float tensor.
 _COMPARES_INTO_FLOATS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (1, 9)

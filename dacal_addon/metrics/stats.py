@@ -73,8 +73,8 @@ class CalibrationStats:
         device: of the counts; pixels are judged on the device they are on.
         compile: judge pixels with `torch.compile` (torch >= 2.0 and, on a CPU, a C++ compiler; some seconds at the first call).
 
-    Memory: the counts (150 KB with the defaults) and a few MB of scratch (on a GPU about 120 MB), whatever the size and number
-    of images.
+    Memory: the counts (150 KB with the defaults) and a few MB of scratch (on a GPU, by estimate, 120), whatever the size and
+    number of images.
     Precision: scores are taken as float64, whatever they are, counts are int64 and sums float64, so that the split into
     batches and their order do not matter. Predictions are the first largest score, as `argmax`.
 
