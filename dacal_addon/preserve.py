@@ -3,15 +3,13 @@
 import random
 from collections import OrderedDict, defaultdict
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, cast
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-_CONTAINERS = (list, dict, set, OrderedDict, defaultdict)
-# What torch itself keeps in a module; parameters and buffers are taken care of by themselves.
-_TORCHS_OWN = set(vars(nn.Module())) - {"training"}
+CONTAINERS = {list, dict, set, OrderedDict, defaultdict}  # whose entries are put back, if of just that type
 
 
 class RandomStates:
@@ -36,47 +34,63 @@ class RandomStates:
 
 
 class StudentState:
-    """A snapshot of what a forward pass may change in a student: buffers, and the plain attributes of its modules.
+    """A snapshot of what a forward pass may change in a student: buffers, and whatever its modules hold or note down.
 
-    Attributes are the training flags, and whatever modules note down: the identity of each, the values of tensors, and the
-    entries of lists, dicts and sets. Not parameters: see `moved`.
+    That is every attribute of every module: the identity of each, the values of tensors, and the entries of lists, dicts and
+    sets. torch keeps training flags, hooks of every kind, submodules, parameters and buffers in these too, so that what a first
+    pass registers is registered anew by the host's own first pass. A parameter that a pass registers takes no part in the
+    meta-step, as in an optimizer that was made before it. Not the values of parameters: see `moved`.
+
+    What a lazy module of torch (`nn.LazyConv2d`) turns into at its first call, it stays: the sizes of parameters cannot be
+    taken back.
     """
 
     def __init__(self, student: nn.Module) -> None:
-        self._modules = list(student.modules())
-        self._buffers = [dict(module._buffers) for module in self._modules]
-        self._attributes = [
-            {
-                name: (value, value.copy() if type(value) in _CONTAINERS else None)
-                for name, value in vars(module).items()
-                if name not in _TORCHS_OWN
-            }
-            for module in self._modules
-        ]
-        noted = [value for attributes in self._attributes for value, _ in attributes.values() if type(value) is Tensor]
-        buffers = [buffer for own in self._buffers for buffer in own.values() if buffer is not None]
-        self._values = [(tensor, tensor.detach().clone()) for tensor in (*buffers, *noted)]
+        self._modules = [_Module.of(module) for module in student.modules()]
+        noted = [value for each in self._modules for value in each.attributes.values() if type(value) is Tensor]
+        self._values = [(tensor, tensor.detach().clone()) for tensor in (*student.buffers(), *noted)]
 
     def restore(self) -> None:
         """Set all of it back to the snapshot."""
-        for module, buffers in zip(self._modules, self._buffers):
-            # Also what a pass has registered, or replaced: torch 1.7's BatchNorm counts batches by a new tensor each time.
-            module._buffers.clear()
-            module._buffers.update(buffers)
         for tensor, value in self._values:
             # Through .data, which does not count as a change: a graph of the host that saved the buffer would refuse to run
             # backward, though every bit is as it was.
             tensor.data.copy_(value)
-        for module, attributes in zip(self._modules, self._attributes):
-            own = vars(module)
-            for name in set(own) - set(attributes) - _TORCHS_OWN:
-                del own[name]
-            for name, (value, entries) in attributes.items():
-                own[name] = value
-                if entries is None:
-                    continue
-                value.clear()
-                (value.extend if isinstance(value, list) else value.update)(entries)
+        for each in self._modules:
+            each.restore()
+
+
+class _Module(NamedTuple):
+    """One module of a `StudentState`. A student may have a thousand, and a pass is preceded by a `restore`: both are quick."""
+
+    module: nn.Module
+    kind: type
+    attributes: Dict[str, Any]
+    filled: List[Tuple[Any, Any]]
+    """The lists, dicts and sets among the attributes, each with a copy."""
+    empty: List[Any]
+    """Those with nothing in them: most are, and tuples for each would keep the garbage collector busy."""
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "_Module":
+        attributes = dict(vars(module))
+        containers = [value for value in attributes.values() if type(value) in CONTAINERS]
+        filled = [(value, value.copy()) for value in containers if value]
+        return cls(module, type(module), attributes, filled, [value for value in containers if not value])
+
+    def restore(self) -> None:
+        if type(self.module) is not self.kind:  # a lazy module, with its hooks gone for good
+            return
+        own = vars(self.module)
+        for name in own.keys() - self.attributes.keys():
+            del own[name]
+        own.update(self.attributes)
+        # In place, because handles of hooks refer to the dict.
+        for value in self.empty:
+            value.clear()
+        for value, entries in self.filled:
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(entries)
 
 
 class Preserved:
@@ -120,8 +134,8 @@ def preserved(student: nn.Module, *, of: Sequence[Tensor] = ()) -> Iterator[Pres
 
     The random states are the CPU's and those of the GPUs on which the student's parameters are, and the tensors `of`.
 
-    Restored: the global random states, the student's buffers (BatchNorm's statistics), its training flags and what else its
-    modules note down. Without an error, what `keep` was called on is left behind instead.
+    Restored: the global random states, the student's buffers (BatchNorm's statistics), its training flags, hooks, and what else
+    its modules note down. Without an error, what `keep` was called on is left behind instead.
 
     Example:
         >>> student = nn.Dropout()

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import gc
+import re
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dacal_addon import hypergradient, soft_cross_entropy
+from dacal_addon.engines import check_supported
 from dacal_addon.engines.precision import without_tf32
 
 LIVE = [engine for engine in ENGINES if engine != "higher"]  # engines whose passes run the live student
@@ -279,6 +281,111 @@ def test_re_entrant_checkpoints_leave_every_grad_alone():
         grads_of(student, "higher")
 
 
+class FirstBlock(nn.Module):
+    """Checkpointed where its input needs no gradient, with a dummy that does, so that the block is trained (pytorch#7617)."""
+
+    def __init__(self, how="checkpoint"):
+        super().__init__()
+        self.student, self.how = Student(), how
+        self.dummy = torch.ones(1, requires_grad=True)
+
+    def forward(self, image):
+        def block(x, _):
+            return torch.tanh(self.student.norm(self.student.first(x)))
+
+        if self.how == "plain":
+            x = block(image, None)
+        elif self.how == "reversible":
+            x = Rerun.apply(image.detach().requires_grad_(), nn.Sequential(self.student.first, self.student.norm, nn.Tanh()))
+        elif hasattr(torch, "func"):
+            x = checkpoint(block, image, self.dummy, use_reentrant=True)
+        else:
+            x = checkpoint(block, image, self.dummy)
+        x = torch.tanh(self.student.again(F.avg_pool2d(x, 2)))
+        return F.interpolate(self.student.last(x), scale_factor=2, mode="bilinear", align_corners=False)
+
+
+class Aside(nn.Module):
+    """Keeps its parameter where no module looks."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.full((1,), 1.5).double())
+        self.aside = [self.factor]
+
+    def forward(self, x):
+        return x * self.aside[0]
+
+
+def without_tangents(kind):
+    """A student whose forward-mode pass ends without an error, and with a wrong slope."""
+    if kind == "re-entrant checkpoint":
+        return FirstBlock()
+    student = with_layer(Aside())
+    student.dropout.aside = [student.dropout.factor]  # .double() has replaced it
+    return student
+
+
+@needs_torch_2
+@pytest.mark.parametrize("kind", ["re-entrant checkpoint", "parameter kept aside"])
+def test_auto_falls_back_after_a_whole_pass_with_labels_that_are_computed_once(kind):
+    """As those of the bilevel step are: their graph is needed by the pass that fails, and again by those that follow."""
+    student, results = without_tangents(kind), {}
+    image, logits = randn(2, 3, 8, 8, seed=1), 3 * randn(2, 4, 8, 8, seed=3)
+    for engine in ("finite_difference", "auto", "auto again"):
+        net, _, outer = problem()
+        label = (logits / net(logits)).softmax(1)
+        torch.manual_seed(0)
+        arguments = (student, lambda f, label=label: soft_cross_entropy(f(image), label), outer, list(net.parameters()))
+        optimizer = OPTIMIZERS["AdamW"](student.parameters())
+        expecting = pytest.warns(UserWarning, match="goes on with 'finite_difference'") if engine == "auto" else warns_not()
+        with expecting:
+            results[engine] = hypergradient(*arguments, optimizer=optimizer, engine=engine.split()[0])
+    for result in results.values():
+        assert result.engine == "finite_difference"
+        assert all(torch.equal(a, b) for a, b in zip(result.grads, results["finite_difference"].grads))
+
+
+@contextlib.contextmanager
+def warns_not():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*goes on with")
+        yield
+
+
+@needs_torch_2
+@pytest.mark.parametrize(("how", "name"), [("checkpoint", "CheckpointFunction"), ("reversible", "Rerun")])
+def test_tangents_that_a_checkpoint_loses_are_found_out_by_name(how, name):
+    """Under autocast the slope, which may be a quarter off, does not show them."""
+    student = FirstBlock(how).float()
+    autocast = how == "checkpoint"  # the other's part would have no gradient there: torch keeps its casts from the first run
+    net, inner, outer = problem(torch.float32)
+    optimizer = OPTIMIZERS["SGD"](student.parameters())
+    expected = rf"got autograd.Function {name}, which runs a part once more .*; choose engine='finite"
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast), pytest.raises(ValueError, match=expected):
+        hypergradient(student, inner, outer, list(net.parameters()), optimizer=optimizer, engine="forward")
+
+
+@needs_torch_2
+def test_auto_lets_errors_of_the_host_through():
+    """Also those that it meets in the forward-mode pass alone, after which it does not give up forward mode either."""
+    student, calls = Student(), []
+
+    def failing(closure):
+        def run(f):
+            calls.append(1)
+            if len(calls) == 4:  # the first was the inner pass, the outer ones came next
+                raise RuntimeError("the host's own")
+            return closure(f)
+
+        return run
+
+    with warns_not(), pytest.raises(RuntimeError, match="the host's own"):
+        grads_of(student, "auto", wrap=failing)
+    with warns_not():
+        assert all(torch.equal(a, b) for a, b in zip(grads_of(student, "auto"), grads_of(student, "forward")))
+
+
 @quiet_checkpoint
 def test_re_entrant_checkpoints_with_labels_from_outside_of_the_closure():
     student, image, logits = with_layer(Checkpointed()), randn(2, 3, 8, 8), randn(2, 4, 8, 8, seed=1)
@@ -296,6 +403,82 @@ def test_re_entrant_checkpoints_with_labels_from_outside_of_the_closure():
         )
         grads.append(result.grads[0])
     assert distance([grads[0]], [grads[1]]) <= 1e-6
+
+
+class Rerun(torch.autograd.Function):
+    """Runs a module once more to go backward, as reversible blocks do, and writes the gradients of its parameters itself."""
+
+    @staticmethod
+    def forward(ctx, x, module):
+        ctx.module = module
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return module(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            ctx.module(x).backward(grad)
+        return x.grad, None
+
+
+class Reversible(nn.Module):
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            self.inner = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return Rerun.apply(x, self.inner)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("engine", ["finite_difference", "auto", "forward", "higher"])
+def test_custom_functions_that_train_parameters_aside(engine, twice):
+    """Their gradients are in no graph: `torch.autograd.grad` does not see them, and `.grad` has them."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.reversible = Reversible()
+
+        def forward(self, x):
+            return self.reversible(x) + (self.reversible.inner(x) if twice else 0)
+
+    class Plain(Both):
+        def forward(self, x):
+            return (2 if twice else 1) * self.reversible.inner(x)
+
+    student, plain = with_layer(Both()), with_layer(Plain())
+    for parameter in student.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    if engine in ("higher", "forward"):
+        if engine in ENGINES:
+            with pytest.raises(ValueError, match="backward pass of its own" if engine == "higher" else "Function Rerun"):
+                grads_of(student, engine)
+    else:
+        falling = engine == "auto" and hasattr(torch, "func")
+        with pytest.warns(UserWarning, match="Function Rerun") if falling else warns_not():
+            got = grads_of(student, engine)
+        assert distance(got, grads_of(plain, "higher")) <= 1e-6
+    assert all(bool((parameter.grad == 7.0).all()) for parameter in student.parameters())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_custom_functions_behind_which_there_is_only_an_image(engine):
+    """`torch.autograd.grad` leaves their backward passes out; a host's `.backward()` does not."""
+    student, plain = FirstBlock("reversible"), FirstBlock("plain")
+    for each in (student, plain):
+        each.student.norm.eval()  # which would count twice in the one that runs twice
+    if engine == "finite_difference":
+        assert distance(grads_of(student, engine), grads_of(plain, "higher")) <= 1e-6
+    else:
+        with pytest.raises(ValueError, match="backward pass of its own" if engine == "higher" else "Function Rerun"):
+            grads_of(student, engine)
+    assert all(parameter.grad is None for parameter in student.parameters())
 
 
 @live_engine
@@ -456,6 +639,100 @@ def test_forward_hooks_and_forwards_of_instances_are_part_of_the_student(engine)
         assert distance(grads_of(student, engine), expected) <= TOLERANCE[engine]
 
 
+class Hooking(Student):
+    """Registers a hook at its first pass, as transformers' models do; this one counts for the result."""
+
+    def forward(self, image):
+        if not hasattr(self, "installed"):
+            self.installed = True
+            if hasattr(torch, "func"):  # torch 2 notes in a dict of its own that this one takes the keyword arguments too
+                self.last.register_forward_hook(lambda module, inputs, kwargs, output: 3 * output, with_kwargs=True)
+            else:
+                self.last.register_forward_hook(lambda module, inputs, output: 3 * output)
+        return super().forward(image)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_hooks_that_the_first_pass_registers(engine):
+    class Tripled(Student):
+        def forward(self, image):
+            return 3 * super().forward(image)
+
+    student = Hooking()
+    got = grads_of(student, engine)
+    assert distance(got, grads_of(Tripled(), "higher")) <= TOLERANCE[engine]
+    assert not student.last._forward_hooks
+    image = randn(2, 3, 8, 8, seed=1)
+    with torch.no_grad():
+        assert torch.allclose(student.eval()(image), Tripled().eval()(image))
+    assert len(student.last._forward_hooks) == 1
+    student.train()
+    if engine == "higher":
+        with pytest.raises(ValueError, match=r"a student without hooks .*module 'last' \(Conv2d\)"):
+            grads_of(student, engine)
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(grads_of(student, engine), got))
+        assert len(student.last._forward_hooks) == 1
+
+
+@live_engine
+def test_parameters_that_a_pass_registers_do_not_stay(engine):
+    class Growing(Student):
+        def forward(self, image):
+            if not hasattr(self, "scale"):
+                self.scale = nn.Parameter(1.5 * torch.ones(1, dtype=torch.float64))
+            return self.scale * super().forward(image)
+
+    class Scaled(Student):
+        def forward(self, image):
+            return 1.5 * super().forward(image)
+
+    student = Growing()
+    assert distance(grads_of(student, engine), grads_of(Scaled(), "higher")) <= TOLERANCE[engine]
+    assert not hasattr(student, "scale")
+
+
+def test_a_student_whose_copy_does_not_run_is_named():
+    """transformers' models look themselves up by their class, of which the copy's is not."""
+    known = {"LooksUp": 1.0}
+
+    class LooksUp(Student):
+        def forward(self, image):
+            return known[type(self).__name__] * super().forward(image)
+
+    with pytest.raises(ValueError, match=r"whose copy runs \(engine 'higher' .*got KeyError: .*; choose engine='forward' or"):
+        grads_of(LooksUp(), "higher")
+    after = torch.get_rng_state()
+    torch.manual_seed(0)  # as `grads_of` does
+    assert torch.equal(torch.get_rng_state(), after)
+    known.clear()
+    with pytest.raises(KeyError):  # the student's own
+        grads_of(LooksUp(), "higher")
+
+
+def test_modules_at_two_places_leave_the_buffers_of_the_others_where_they_belong():
+    """`higher` copies them twice."""
+
+    class Shared(nn.Sequential):
+        def __init__(self):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(1)
+                act, layers = nn.Tanh(), [nn.Conv2d(8, 8, 1) for _ in range(2)]
+            super().__init__(layers[0], act, nn.BatchNorm2d(8), layers[1], act, nn.BatchNorm2d(8))
+
+    buffers = []
+    for engine in ENGINES:
+        student = with_layer(Shared())
+        net, inner, outer = problem()
+        optimizer = OPTIMIZERS["SGD"](student.parameters())
+        torch.manual_seed(0)
+        arguments = (student, inner, outer, list(net.parameters()))
+        hypergradient(*arguments, optimizer=optimizer, engine=engine, backward=True)
+        buffers.append([buffer.clone() for buffer in student.buffers()])
+    for other in buffers[1:]:
+        assert all(torch.allclose(a, b) for a, b in zip(buffers[0], other))
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_hooks_on_gradients_are_refused(engine):
     student = Student()
@@ -471,19 +748,7 @@ def test_hooks_on_gradients_are_refused(engine):
 
 @needs_torch_2
 def test_a_parameter_that_forward_mode_cannot_replace_is_found_out():
-    class Aside(nn.Module):
-        """Keeps its parameter where no module looks."""
-
-        def __init__(self):
-            super().__init__()
-            self.factor = nn.Parameter(torch.full((1,), 1.5).double())
-            self.aside = [self.factor]
-
-        def forward(self, x):
-            return x * self.aside[0]
-
-    student = with_layer(Aside())
-    student.dropout.aside = [student.dropout.factor]  # .double() has replaced it
+    student = without_tangents("parameter kept aside")
     with pytest.raises(RuntimeError, match=r"\(engine 'forward'\), got slope"):
         grads_of(student, "forward")
     with pytest.warns(UserWarning, match=r"all passes of inner_loss to be one function"):
@@ -575,17 +840,44 @@ def test_tf32_is_off_for_differences_on_a_gpu_and_then_as_it_was():
     assert switches() == before != inside
 
 
+def cast(closure):
+    return lambda f: closure(lambda image: f(image.to(torch.bfloat16)).double())
+
+
 @needs_torch_2
 def test_half_precision_parameters_are_refused_by_differences():
     student = Student().to(torch.bfloat16)
-
-    def cast(closure):
-        return lambda f: closure(lambda image: f(image.to(torch.bfloat16)).double())
-
     with pytest.raises(
         ValueError, match=r"in float32 or float64 \(engine 'finite_difference'\), got torch.bfloat16; keep float32"
     ):
         grads_of(student, "finite_difference", wrap=cast)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("engine", "reason"),
+    [("finite_difference", "engine 'finite_difference'"), ("auto", "engine 'auto' may have to go on with 'finite_difference'")],
+)
+def test_half_precision_parameters_are_refused_before_any_pass(engine, reason, half):
+    student = Student().float()
+    student.last.to(half)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=re.escape(f"({reason}), got {half}; keep float32 parameters and use autocast, or ")):
+        check_supported(student, optimizer, engine=engine)
+    check_supported(student, optimizer, engine="higher")
+    student.last.requires_grad_(False)  # not moved by differences
+    check_supported(student, optimizer, engine=engine)
+    student.last.requires_grad_(True)
+    check_supported(student, torch.optim.SGD(student.first.parameters(), lr=0.1), engine=engine)
+
+
+@needs_torch_2
+def test_forward_mode_takes_half_precision_parameters():
+    """It is what the refusal of the others recommends."""
+    student = Student()
+    student.dropout.eval()
+    exact = grads_of(student, "forward")
+    assert distance(grads_of(copy.deepcopy(student).to(torch.bfloat16), "forward", wrap=cast), exact) <= 0.1
 
 
 def held():

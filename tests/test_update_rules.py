@@ -11,6 +11,7 @@ from problems import OPTIMIZERS, Student, distance, generator, problem, really_s
 from torch import nn
 
 from dacal_addon import hypergradient
+from dacal_addon.engines import has_zero_step
 from dacal_addon.engines.update_rules import RULES, step_of
 
 HAS_MAXIMIZE = "maximize" in torch.optim.SGD([torch.zeros(1)], lr=0.1).defaults
@@ -174,6 +175,39 @@ def test_what_is_not_supported_is_refused_by_name(make, options, error, expected
             engine="finite_difference",
             **options,
         )
+
+
+@pytest.mark.parametrize("make", [float, torch.tensor], ids=["number", "tensor"])
+def test_a_learning_rate_of_zero(make):
+    student, head, other = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+    whole = nn.ModuleList([student, head])
+    optimizer = torch.optim.SGD([{"params": list(module.parameters())} for module in (student, head, other)], lr=0.1)
+    for group, lr in zip(optimizer.param_groups, (0.0, 0.2, 0.3)):
+        group["lr"] = make(lr)
+    assert has_zero_step(optimizer, student.parameters()) is True
+    assert has_zero_step(optimizer, whole.parameters()) is False
+    head.bias.requires_grad_(False)
+    assert has_zero_step(optimizer, whole.parameters()) is False
+    head.requires_grad_(False)  # a group that moves nothing of the student does not count
+    assert has_zero_step(optimizer, whole.parameters()) is True
+    assert has_zero_step(optimizer, nn.Linear(2, 2).parameters()) is False  # not this optimizer's
+    del optimizer.param_groups[0]["lr"]  # a host's own rule may have none
+    assert has_zero_step(optimizer, student.parameters()) is False
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_zero_step_leaves_the_student_as_it_is(kind):
+    student = Student()
+    net, inner, outer = problem()
+    optimizer = with_history(OPTIMIZERS[kind], student)
+    assert not has_zero_step(optimizer, student.parameters())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    assert has_zero_step(optimizer, student.parameters())
+    result = hypergradient(student, inner, outer, list(net.parameters()), optimizer=optimizer, engine="finite_difference")
+    assert all(bool((grad == 0).all()) for grad in result.grads)
+    updated = really_step(student, optimizer, inner)
+    assert all(torch.equal(a, b) for a, b in zip(updated.parameters(), student.parameters()))
 
 
 def test_complex_parameters_are_refused():

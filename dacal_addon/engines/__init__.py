@@ -8,14 +8,25 @@ from torch import Tensor, nn
 from .._check import check_choice, check_tensor, describe, problem
 from ..preserve import preserved
 from ..ranks import Ranks
+from .finite_difference import refuse_half_precision
 from .passes import add_to_grad, value_and_grads
 from .setting import Hypergradient, LossClosure, Setting, Student
 from .students import process_group_of, refuse_student, unwrapped
-from .update_rules import Update, step_of
+from .update_rules import Update, has_zero_step, step_of
 
 ENGINES = ("higher", "forward", "finite_difference", "auto")
 
-__all__ = ["ENGINES", "Hypergradient", "LossClosure", "Student", "backward", "check_supported", "hypergradient", "ranks_of"]
+__all__ = [
+    "ENGINES",
+    "Hypergradient",
+    "LossClosure",
+    "Student",
+    "backward",
+    "check_supported",
+    "has_zero_step",
+    "hypergradient",
+    "ranks_of",
+]
 
 
 def hypergradient(
@@ -57,11 +68,12 @@ def hypergradient(
         engine: all are exact to their precision, see the README for their costs.
             "higher" unrolls the step with the `higher` library. `f` can only be called.
             "forward" needs one forward-mode pass of the inner loss and torch >= 2.0. `f` is the student itself.
-            "finite_difference" needs two passes without a graph, and nothing of the student but that it can be trained: fused
-            or custom kernels, compiled modules and checkpointing will do. Its relative error in float32 is about 1e-5, in a
-            network of ReLUs 1e-3 to 1e-2. `f` is the student itself. Before torch 1.10 the student's input must not depend on
-            the meta parameters.
-            "auto" is "forward", or "finite_difference" where that fails; one warning says why.
+            "finite_difference" needs two passes without a graph, and nothing of the student but that it can be trained and
+            keeps float32 parameters: fused or custom kernels, compiled modules and checkpointing will do. Its relative error in
+            float32 is about 1e-5, in a network of ReLUs 1e-3 to 1e-2. `f` is the student itself. Before torch 1.10 the
+            student's input must not depend on the meta parameters.
+            "auto" is "forward", or "finite_difference" where that fails; one warning says why. It asks for float32 parameters
+            too.
             The inner loss must not stop gradients of the student: "forward" does not see `no_grad`, "finite_difference" not
             even `detach`. Both compare their passes and raise, if only loosely under autocast.
         update_rule: the step of an optimizer that is not known here: `(parameter, grad, group, state) -> updated parameter` for
@@ -132,7 +144,7 @@ def backward(student: nn.Module, loss: LossClosure, *, process_group: Any = None
     ranks, student = ranks_of(student, process_group), unwrapped(student)
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     with preserved(student) as state, torch.enable_grad():
-        value, grads = value_and_grads("loss", loss, student, parameters)
+        value, grads, _ = value_and_grads("loss", loss, student, parameters)
         state.keep()
     add_to_grad(parameters, ranks.average(grads, parameters))
     return ranks.average_number(value)
@@ -158,4 +170,8 @@ def check_supported(
         remedy = "choose engine='finite_difference', or 'auto'"
         raise problem("hypergradient", expected=expected, got=f"torch {torch.__version__}", remedy=remedy)
     refuse_student(student, engine=engine)
-    step_of(optimizer, list(unwrapped(student).parameters()), update_rule=update_rule, clip_norm=clip_norm)
+    parameters = list(unwrapped(student).parameters())
+    step = step_of(optimizer, parameters, update_rule=update_rule, clip_norm=clip_norm)
+    if engine in ("finite_difference", "auto"):
+        trained = [p for p, place in zip(parameters, step.places) if place is not None and p.requires_grad]
+        refuse_half_precision(trained, engine=engine)

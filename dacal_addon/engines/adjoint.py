@@ -11,22 +11,24 @@ hooks, wrappers and methods other than `forward` are what they are in training.
 """
 
 import warnings
-from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple, Optional, Sequence, Tuple
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from .._check import describe, problem
-from ..preserve import Preserved, moved, preserved
+from ..preserve import moved, preserved
 from .finite_difference import central_difference
 from .passes import add_to_grad, constant, value_and_grads
 from .precision import reduced_precision
 from .setting import (
+    DirectionalPass,
     Hypergradient,
     LossClosure,
     NoForwardDerivative,
     Setting,
+    Slope,
     no_forward_derivative,
     no_inner_gradient,
 )
@@ -63,7 +65,7 @@ def adjoint(setting: Setting, inner_loss: LossClosure, outer_loss: LossClosure, 
     step = setting.step(parameters)
     with preserved(student) as state, torch.enable_grad():
         with constant(meta):  # the inner gradient's own pass does not need their graph, which would take memory
-            inner, grads = value_and_grads("inner_loss", inner_loss, student, parameters)
+            inner, grads, rerun_by = value_and_grads("inner_loss", inner_loss, student, parameters)
         if setting.backward:
             state.keep()
         grads = ranks.average(grads, parameters)
@@ -82,14 +84,16 @@ def adjoint(setting: Setting, inner_loss: LossClosure, outer_loss: LossClosure, 
 
         with moved(parameters, update):
             state.rewind()
-            after, v = value_and_grads("outer_loss", outer_loss, student, [*parameters, *meta])
+            after, v, _ = value_and_grads("outer_loss", outer_loss, student, [*parameters, *meta])
         after = ranks.average_number(after)
         direct, direction = v[len(parameters) :], ranks.average(v[: len(parameters)], parameters)
         del v
         step.pull_back([parameter.detach() for parameter in parameters], grads, direction, norm)
 
         known = _Known(inner, inner_product(grads, direction), total_norm(grads) * total_norm(direction))
-        name, through = _derivative(engine, setting, inner_loss, parameters, direction, state, known)
+        auto = engine == "auto"
+        asked = DirectionalPass(student, inner_loss, parameters, direction, meta, state, rerun_by, may_repeat=auto)
+        name, through = _derivative(engine, setting, asked, known)
         meta_grads = setting.total(through, direct)
     if setting.backward:
         add_to_grad(parameters, grads)
@@ -97,44 +101,38 @@ def adjoint(setting: Setting, inner_loss: LossClosure, outer_loss: LossClosure, 
 
 
 def _derivative(
-    engine: str,
-    setting: Setting,
-    inner_loss: LossClosure,
-    parameters: Sequence[Tensor],
-    direction: List[Optional[Tensor]],
-    state: Preserved,
-    known: "_Known",
+    engine: str, setting: Setting, asked: DirectionalPass, known: "_Known"
 ) -> Tuple[str, Sequence[Optional[Tensor]]]:
     """The engine used, and the derivative of the inner loss's slope with respect to the meta parameters."""
-    student = setting.student
-    arguments = (student, inner_loss, parameters, direction, setting.meta_parameters, state)
+    student = asked.student
     if engine == "forward":
-        return "forward", _forward(setting, known, *arguments)
+        return "forward", _forward(setting, asked, known)
     if engine == "auto" and hasattr(torch, "func") and student not in _without_forward:
         try:
-            return "forward", _forward(setting, known, *arguments)
+            return "forward", _forward(setting, asked, known)
         except (NoForwardDerivative, NotOneFunction) as error:
             _without_forward.add(student)
             message = f"hypergradient: engine 'auto' goes on with 'finite_difference' for this student, because: {error}"
             warnings.warn(message, stacklevel=4)
-    loss, slope, grads, noise = central_difference(*arguments)
-    known.check(loss, slope, setting, "finite_difference", noise=noise)
-    return "finite_difference", grads
+    slope = central_difference(asked)
+    known.check(slope, setting, "finite_difference")
+    return "finite_difference", slope.grads
 
 
-def _forward(setting: Setting, known: "_Known", *arguments: Any) -> Sequence[Optional[Tensor]]:
+def _forward(setting: Setting, asked: DirectionalPass, known: "_Known") -> Sequence[Optional[Tensor]]:
     from .forward import forward_derivative  # torch >= 2.0
 
+    slope: Optional[Slope] = None
     failure = ""  # and not the error, which would hold the failed pass in a cycle of references
     try:
-        loss, slope, grads = forward_derivative(*arguments)
+        slope = forward_derivative(asked)
     except NoForwardDerivative as error:
         failure = str(error)
     # Either all ranks go on or none: one that stops would leave the others waiting.
-    if setting.ranks.anywhere(bool(failure), like=known.loss):
+    if setting.ranks.anywhere(bool(failure), like=known.loss) or slope is None:
         raise NoForwardDerivative(failure) if failure else no_forward_derivative("what another rank met")
-    known.check(loss, slope, setting, "forward")
-    return grads
+    known.check(slope, setting, "forward")
+    return slope.grads
 
 
 class NotOneFunction(RuntimeError):
@@ -153,14 +151,15 @@ class _Known(NamedTuple):
     scale: float
     """|g| |d|: the slope's size if d pointed along g."""
 
-    def check(self, loss: Tensor, slope: Tensor, setting: Setting, engine: str, *, noise: float = 0.0) -> None:
+    def check(self, slope: Slope, setting: Setting, engine: str) -> None:
         """Raise `NotOneFunction`, on all ranks or on none. NaN does not count: it is the caller's to judge."""
-        found, found_slope = float(setting.ranks.average_number(loss)), float(setting.ranks.average_number(slope))
+        found, found_slope = (float(setting.ranks.average_number(number)) for number in (slope.loss, slope.value))
         known, tolerance = float(self.loss), _tolerance(engine, setting.student)
         got = None
         if abs(found - known) > tolerance.loss * max(abs(known), 1e-6):
             got = f"loss {found:.6g} where the inner pass had {known:.6g}"
-        elif abs(found_slope - self.slope) > tolerance.slope * self.scale + 10 * noise:  # near convergence the noise is larger
+        # Near convergence the noise is larger.
+        elif abs(found_slope - self.slope) > tolerance.slope * self.scale + 10 * slope.noise:
             got = f"slope {found_slope:.6g} where the inner gradient gives {self.slope:.6g}"
         if got is not None:
             raise problem(

@@ -5,33 +5,26 @@ modules will do.
 """
 
 from contextlib import ExitStack, contextmanager
-from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, Optional, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._check import problem
-from ..preserve import Preserved, moved
+from ..preserve import moved
 from .attention import no_inference_kernels
 from .passes import scalar
 from .precision import without_autocast, without_tf32
-from .setting import LossClosure
+from .setting import DirectionalPass, Slope
 from .update_rules import total_norm
 
 # |eps d| / |theta|; see `relative_step`.
 _RELATIVE_STEP: Dict[torch.dtype, float] = {torch.float64: 1e-7, torch.float32: 1e-4}
 
 
-def central_difference(
-    student: nn.Module,
-    inner_loss: LossClosure,
-    parameters: Sequence[Tensor],
-    direction: Sequence[Optional[Tensor]],
-    meta_parameters: Sequence[Tensor],
-    state: Preserved,
-) -> Tuple[Tensor, Tensor, Sequence[Optional[Tensor]], float]:
-    """The mean inner loss, its slope along `direction`, the slope's derivative with respect to the meta parameters, and by how
-    much rounding may have changed the slope."""
+def central_difference(asked: DirectionalPass) -> Slope:
+    """The slope from the inner losses a small step to both sides, whose mean is its `loss`."""
+    parameters, direction = asked.parameters, asked.direction
     along = [parameter for parameter, tangent in zip(parameters, direction) if tangent is not None]
     length = total_norm(direction)
     # An untrained student may have nothing but zeros in the direction's parameters.
@@ -52,15 +45,15 @@ def central_difference(
             stack.enter_context(without_tf32(parameters))
             stack.enter_context(no_inference_kernels())
             stack.enter_context(_shifted_weights_kept(parameters))
-            state.rewind()
-            losses.append(scalar("inner_loss", inner_loss(student)))
+            asked.state.rewind()
+            losses.append(scalar("inner_loss", asked.inner_loss(asked.student)))
     slope = (losses[0] - losses[1]) / (2 * eps)
-    grads: Sequence[Optional[Tensor]] = [None] * len(meta_parameters)
+    grads: Sequence[Optional[Tensor]] = [None] * len(asked.meta_parameters)
     if slope.requires_grad:
         # One backward pass for both, so that labels computed outside of the closure are passed only once.
-        grads = torch.autograd.grad(slope, tuple(meta_parameters), allow_unused=True)
+        grads = torch.autograd.grad(slope, tuple(asked.meta_parameters), allow_unused=True)
     loss = (losses[0].detach() + losses[1].detach()) / 2
-    return loss, slope.detach(), grads, torch.finfo(loss.dtype).eps * abs(float(loss)) / eps
+    return Slope(loss, slope.detach(), grads, torch.finfo(loss.dtype).eps * abs(float(loss)) / eps)
 
 
 @contextmanager
@@ -84,6 +77,20 @@ def _storage(tensor: Tensor) -> int:
     return int(storage.data_ptr())
 
 
+def refuse_half_precision(parameters: Sequence[Tensor], *, engine: str) -> None:
+    """Raise for trained parameters that a small step does not change. "auto" may come to differences at any student's first
+    pass, and should not fail only then."""
+    half = sorted({str(parameter.dtype) for parameter in parameters if parameter.dtype not in _RELATIVE_STEP})
+    if half:
+        reason = "engine 'auto' may have to go on with 'finite_difference'" if engine == "auto" else f"engine {engine!r}"
+        raise problem(
+            "hypergradient",
+            expected=f"parameters in float32 or float64 ({reason})",
+            got=half[0],
+            remedy="keep float32 parameters and use autocast, or choose engine='forward' (torch >= 2.0)",
+        )
+
+
 def relative_step(parameters: Sequence[Tensor]) -> float:
     """|eps d| / |theta|: as small as rounding allows, because the error of a smooth network grows with its square, and that of
     a network of ReLUs, whose kinks it crosses, with the step itself.
@@ -93,10 +100,6 @@ def relative_step(parameters: Sequence[Tensor]) -> float:
     parameters, over which rounding averages less, 1e-2 at 1e-4 and 3e-4 at 3e-3.
     """
     kinds = {parameter.dtype for parameter in parameters}
-    if not kinds <= set(_RELATIVE_STEP):
-        (half, *_) = sorted(str(kind) for kind in kinds - set(_RELATIVE_STEP))
-        expected = "parameters in float32 or float64 (engine 'finite_difference')"
-        raise problem("hypergradient", expected=expected, got=half, remedy="keep float32 parameters and use autocast")
     count = sum(parameter.numel() for parameter in parameters)
     averaging = min(30.0, max(1.0, (1e6 / max(count, 1)) ** 0.5)) if torch.float32 in kinds else 1.0
     return averaging * max((_RELATIVE_STEP[kind] for kind in kinds), default=1.0)

@@ -1,12 +1,15 @@
 """One pass of a loss closure over the student, and its gradient."""
 
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence, Set
 
 import torch
 from torch import Tensor, nn
 
 from .._check import check_tensor, describe, problem
+
+_CHECKPOINT = "CheckpointFunction"
+OUT_OF_MEMORY: Any = getattr(torch.cuda, "OutOfMemoryError", ())  # torch < 1.13 raises a plain RuntimeError
 
 
 def scalar(name: str, loss: object) -> Tensor:
@@ -18,19 +21,39 @@ def scalar(name: str, loss: object) -> Tensor:
     return value.reshape(())
 
 
-def value_and_grads(
-    name: str, closure: Callable[[Any], Tensor], student: nn.Module, inputs: Sequence[Tensor]
-) -> Tuple[Tensor, List[Optional[Tensor]]]:
-    """The loss, detached, and its gradient with respect to `inputs`; `.grad` of every tensor stays as it is."""
+class Pass(NamedTuple):
+    """A pass of a closure and the backward pass after it."""
+
+    loss: Tensor
+    """Detached."""
+    grads: List[Optional[Tensor]]
+    rerun_by: str
+    """The custom function whose backward pass ran a part of the student once more, with a backward pass of its own: that of
+    re-entrant checkpoints, or another of this kind (reversible blocks); "" if there is none."""
+
+
+def value_and_grads(name: str, closure: Callable[[Any], Tensor], student: nn.Module, inputs: Sequence[Tensor]) -> Pass:
+    """The loss and its gradient with respect to `inputs`; `.grad` of every tensor stays as it is."""
     loss = scalar(name, closure(student))
     if not loss.requires_grad:
-        return loss, [None] * len(inputs)
+        return Pass(loss, [None] * len(inputs), "")
     grads: Sequence[Optional[Tensor]]
-    if has_reentrant_checkpoint(loss):
-        grads = _grads_by_backward(loss, [*student.parameters(), *inputs], inputs)
+    leaves, custom, rerun_by = [*student.parameters(), *inputs], _custom_functions(loss), ""
+    if _CHECKPOINT in custom:
+        rerun_by = _CHECKPOINT
+        grads = _grads_by_backward(loss, leaves, inputs)
+    elif custom:
+        beside = leaves_beside(loss, inputs)
+        with _without_grad([*leaves, *beside]):
+            asked = [*inputs, *beside]
+            outside = torch.autograd.grad(loss, asked, allow_unused=True, retain_graph=bool(beside))[: len(inputs)]
+            inside = [leaf.grad for leaf in inputs]
+            if any(leaf.grad is not None for leaf in leaves):
+                rerun_by = ", ".join(sorted(custom))
+        grads = [b if a is None else a if b is None else a + b for a, b in zip(outside, inside)]
     else:
         grads = torch.autograd.grad(loss, inputs, allow_unused=True)
-    return loss.detach(), _writable(grads)
+    return Pass(loss.detach(), _writable(grads), rerun_by)
 
 
 def _writable(grads: Sequence[Optional[Tensor]]) -> List[Optional[Tensor]]:
@@ -65,7 +88,28 @@ def has_reentrant_checkpoint(loss: Tensor) -> bool:
 
     Asked of the graph, because torch says so only in the middle of a backward pass, and 1.7.1 then refuses .backward() too.
     """
-    return any(type(node).__name__ == "CheckpointFunctionBackward" for node in _nodes(loss))
+    return _CHECKPOINT in _custom_functions(loss)
+
+
+def leaves_beside(loss: Tensor, inputs: Sequence[Tensor]) -> List[Tensor]:
+    """The leaves, other than `inputs`, that lie behind functions written in Python: an image, or a dummy.
+
+    `torch.autograd.grad` leaves out the backward pass of a function behind which there is nothing that it is asked for, though
+    it may train parameters that it runs aside.
+    """
+    known = {id(leaf) for leaf in inputs}
+    behind = {id(node.variable): node.variable for node in _nodes(_custom_nodes(loss)) if hasattr(node, "variable")}
+    return [leaf for key, leaf in behind.items() if key not in known and leaf.requires_grad]
+
+
+def _custom_functions(loss: Tensor) -> Set[str]:
+    """The names of the functions written in Python that the loss went through."""
+    return {type(node).__name__[: -len("Backward")] for node in _custom_nodes(loss)}
+
+
+def _custom_nodes(loss: Tensor) -> List[Any]:
+    kind: Any = torch.autograd.function.BackwardCFunction
+    return [node for node in _nodes([loss.grad_fn]) if isinstance(node, kind)]
 
 
 def add_to_grad(parameters: Sequence[Tensor], grads: Sequence[Optional[Tensor]]) -> None:
@@ -81,25 +125,29 @@ def add_to_grad(parameters: Sequence[Tensor], grads: Sequence[Optional[Tensor]])
 
 def _grads_by_backward(loss: Tensor, hidden: Sequence[Tensor], inputs: Sequence[Tensor]) -> List[Optional[Tensor]]:
     """The gradient through `.backward()`, which writes into every leaf: all are put back, those that checkpoints hide too."""
-    leaves = {
-        id(leaf): leaf for leaf in [*hidden, *(node.variable for node in _nodes(loss) if hasattr(node, "variable"))]
-    }.values()
-    own = [(leaf, leaf.grad) for leaf in leaves]
-    try:
-        for leaf in leaves:
-            leaf.grad = None
+    with _without_grad([*hidden, *(node.variable for node in _nodes([loss.grad_fn]) if hasattr(node, "variable"))]):
         # Labels that were computed outside of the closure are needed once more.
         loss.backward(retain_graph=True)
         return [leaf.grad for leaf in inputs]
+
+
+@contextmanager
+def _without_grad(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, `.grad` of the leaves is empty; afterwards what it was."""
+    own = [(leaf, leaf.grad) for leaf in {id(leaf): leaf for leaf in leaves}.values()]
+    try:
+        for leaf, _ in own:
+            leaf.grad = None
+        yield
     finally:
         for leaf, grad in own:
             leaf.grad = grad
 
 
-def _nodes(loss: Tensor) -> Iterator[Any]:
-    """The nodes of the loss's graph; those with a `variable` are its leaves."""
+def _nodes(starts: Sequence[Any]) -> Iterator[Any]:
+    """The nodes of a graph from some on; those with a `variable` are its leaves."""
     seen: Set[Any] = set()
-    waiting: List[Any] = [loss.grad_fn]
+    waiting = list(starts)
     while waiting:
         node = waiting.pop()
         if node is not None and node not in seen:

@@ -1,18 +1,29 @@
 """What one call of `hypergradient` asks for, and what it answers; the engines' common ground."""
 
-from typing import Any, Callable, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from .._check import problem
+from ..preserve import Preserved
 from ..ranks import Ranks
 from .passes import scalar
 from .update_rules import Step, Update, step_of
 
-Student = Callable[..., Any]
-"""What a loss closure gets: call it as the student; it has the live or the virtually updated parameters."""
-LossClosure = Callable[[Student], Tensor]
+
+class Student(Protocol):
+    """What a loss closure gets: call it as the student; it has the live or the virtually updated parameters."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the student returns."""
+
+
+class LossClosure(Protocol):
+    """A loss as a function of the student, by which the host says what it trains and judges with."""
+
+    def __call__(self, f: Student, /) -> Tensor:
+        """A scalar."""
 
 
 class Hypergradient(NamedTuple):
@@ -65,6 +76,36 @@ class Setting(NamedTuple):
                 remedy="compute the soft labels inside inner_loss with gradients enabled, and the outer loss with f",
             )
         return tuple(torch.zeros_like(p) if g is None else g.detach() for p, g in zip(self.meta_parameters, grads))
+
+
+class DirectionalPass(NamedTuple):
+    """What an engine is asked for: the inner loss's slope at the live parameters, and its gradient."""
+
+    student: nn.Module
+    inner_loss: LossClosure
+    parameters: Sequence[Tensor]
+    """The student's trainable ones."""
+    direction: Sequence[Optional[Tensor]]
+    """One tangent a parameter; None for zero."""
+    meta_parameters: Sequence[Tensor]
+    state: Preserved
+    rerun_by: str
+    """Of the inner pass; see `passes.Pass`."""
+    may_repeat: bool
+    """Whether another pass may follow, which needs the graph of labels that were computed outside of the closure once more."""
+
+
+class Slope(NamedTuple):
+    """What it answers."""
+
+    loss: Tensor
+    """The inner loss, detached."""
+    value: Tensor
+    """The loss's derivative along the direction, detached."""
+    grads: Sequence[Optional[Tensor]]
+    """The slope's derivative with respect to the meta parameters."""
+    noise: float = 0.0
+    """By how much rounding may have changed the slope."""
 
 
 def no_inner_gradient(got: str) -> Exception:

@@ -5,16 +5,16 @@ differentiable optimizers. Its own Adam (0.2.1 on PyPI) adds eps before the bias
 no AdamW and ignores `maximize`; with the rules of `update_rules`, any version of `higher` gives the same, right result.
 """
 
-from typing import Any, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import higher
 import torch
 from torch import Tensor, nn
 
 from .._check import describe, problem
-from ..preserve import Preserved, preserved
+from ..preserve import CONTAINERS, Preserved, preserved
 from .attention import plain_attention
-from .passes import add_to_grad, has_reentrant_checkpoint, scalar
+from .passes import OUT_OF_MEMORY, add_to_grad, has_reentrant_checkpoint, leaves_beside, scalar
 from .setting import Hypergradient, LossClosure, Setting, no_inner_gradient
 from .update_rules import Step
 
@@ -26,7 +26,7 @@ def unroll(setting: Setting, inner_loss: LossClosure, outer_loss: LossClosure) -
     step = setting.step(list(student.parameters()))
     with preserved(student) as state, torch.enable_grad(), plain_attention():
         copy = _stateless_copy(student)
-        f = _OnlyForward(copy)
+        f = _OnlyForward(copy, student)
         before = setting.outer_loss_before(outer_loss, f)
 
         _rewind(student, copy, state)
@@ -36,14 +36,13 @@ def unroll(setting: Setting, inner_loss: LossClosure, outer_loss: LossClosure) -
         if not inner.requires_grad:  # on this rank alone, which must go along
             inner = inner + 0.0 * sum(p.sum() for p in copy.parameters() if p.requires_grad)
         if has_reentrant_checkpoint(inner):
-            expected = "a student without re-entrant checkpointing, which has no second derivative (engine 'higher')"
-            remedy = "choose engine='finite_difference', or checkpoint with use_reentrant=False"
-            raise problem("hypergradient", expected=expected, got="it", remedy=remedy)
+            raise _no_second_derivative()
         if setting.backward:
             _adopt_buffers(student, copy)
             state.keep()
         virtual = _VirtualOptimizer(setting.optimizer, step, student, copy, setting)
         virtual.step(inner)
+        _refuse_backward_passes_inside(inner, copy, meta)
 
         _rewind(student, copy, state)
         # The outer pass gets leaves, so that its gradient stops at them and can be averaged over the ranks.
@@ -65,6 +64,28 @@ def unroll(setting: Setting, inner_loss: LossClosure, outer_loss: LossClosure) -
     if setting.backward:
         add_to_grad(list(student.parameters()), virtual.gradient)
     return Hypergradient(grads, before, ranks.average_number(after), ranks.average_number(inner), "higher")
+
+
+def _refuse_backward_passes_inside(inner: Tensor, copy: Any, meta: Sequence[Tensor]) -> None:
+    """Raise if functions of the student have trained parameters themselves: the virtual step knows nothing of it."""
+    leaves = [parameter for parameter in copy.init_fast_params if parameter.is_leaf]
+    beside = leaves_beside(inner, [*leaves, *meta])
+    own = [leaf.grad for leaf in beside]
+    if beside:
+        torch.autograd.grad(inner, beside, allow_unused=True, retain_graph=True)
+    for leaf, grad in zip(beside, own):
+        leaf.grad = grad
+    if any(leaf.grad is not None for leaf in leaves):
+        raise _no_second_derivative()
+
+
+def _no_second_derivative() -> Exception:
+    return problem(
+        "hypergradient",
+        expected="a student without re-entrant checkpointing, which has no second derivative (engine 'higher')",
+        got="it, or another autograd.Function with a backward pass of its own",
+        remedy="choose engine='finite_difference', or checkpoint with use_reentrant=False",
+    )
 
 
 class _VirtualOptimizer(higher.optim.DifferentiableOptimizer):  # type: ignore[misc]  # higher is untyped
@@ -106,11 +127,22 @@ class _VirtualOptimizer(higher.optim.DifferentiableOptimizer):  # type: ignore[m
 class _OnlyForward:
     """What closures get: the copy, which `higher` can call but whose other methods would run without its parameters."""
 
-    def __init__(self, copy: Any) -> None:
-        self._copy = copy
+    def __init__(self, copy: Any, student: nn.Module) -> None:
+        self._copy, self._student = copy, student
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._copy(*args, **kwargs)
+        try:
+            return self._copy(*args, **kwargs)
+        except Exception as error:
+            if isinstance(error, OUT_OF_MEMORY) or not _runs(self._student, args, kwargs):
+                raise
+            # Its modules are of other classes, which a student that looks itself up by class (transformers') does not find.
+            raise problem(
+                "hypergradient",
+                expected="a student whose copy runs (engine 'higher' makes one)",
+                got=f"{type(error).__name__}: {error}",
+                remedy="choose engine='forward' or 'finite_difference', which run the student itself",
+            ) from error
 
     def __getattr__(self, name: str) -> Any:
         raise problem(
@@ -122,15 +154,35 @@ class _OnlyForward:
         )
 
 
+def _runs(student: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> bool:
+    """Whether the live student takes these arguments; what the pass changes is for the caller to put back."""
+    try:
+        with torch.no_grad():
+            student(*args, **kwargs)
+    except Exception:
+        return False
+    return True
+
+
 def _stateless_copy(student: nn.Module) -> Any:
     """`higher`'s functional copy of the student."""
     copy = higher.patch.monkeypatch(student)
-    for module in copy.modules():
-        for name, value in vars(module).items():
-            # `higher` shares these with the live modules: one that logs into a list would keep the unrolled graph alive.
-            if type(value) in (list, dict, set) and not name.startswith("_"):
-                vars(module)[name] = value.copy()
+    for module, twin in _pairs(student, copy):
+        for name, value in vars(twin).items():
+            # `higher` shares these with the live modules: one that logs into a list would keep the unrolled graph alive, and
+            # what is put back in the live ones before each pass (the settings of newer kinds of hooks) would be gone here too.
+            if type(value) in CONTAINERS and vars(module).get(name) is value:
+                shared: Any = value
+                vars(twin)[name] = shared.copy()
     return copy
+
+
+def _pairs(module: nn.Module, twin: Any) -> Iterator[Tuple[nn.Module, Any]]:
+    """Every module of the student with its copy. One that is at two places, as activations often are, has two copies."""
+    yield module, twin
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _pairs(child, twin._modules[name])
 
 
 def _rewind(student: nn.Module, copy: Any, state: Preserved) -> None:
@@ -141,7 +193,7 @@ def _rewind(student: nn.Module, copy: Any, state: Preserved) -> None:
 
 def _adopt_buffers(student: nn.Module, copy: Any) -> None:
     """Give the live student the buffers that the pass of the copy has left."""
-    for module, twin in zip(student.modules(), copy.modules()):
+    for module, twin in _pairs(student, copy):
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 buffer.data.copy_(twin._buffers[name])

@@ -6,7 +6,7 @@ and state and changes neither. The slope, d updated / d grad, is what engines ne
 
 import math
 import sys
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Protocol, Sequence, Set, Tuple, Type, Union
 
 import torch
 from torch import Tensor
@@ -15,16 +15,28 @@ from .._check import check_number, describe, problem
 
 Group = Dict[str, Any]
 State = Dict[str, Any]
-Update = Callable[[Tensor, Tensor, Group, State], Tensor]
+
+
+class Update(Protocol):
+    """One optimizer's step on one tensor, in torch operations and nothing in place: `update_rule` of `hypergradient`."""
+
+    def __call__(self, parameter: Tensor, grad: Tensor, group: Group, state: State, /) -> Tensor:
+        """The updated parameter; differentiable with respect to the gradient. `group` and `state` are the live optimizer's."""
+
+
+class Derivative(Protocol):
+    """The derivative of an `Update` with respect to the gradient, elementwise."""
+
+    def __call__(self, parameter: Tensor, grad: Tensor, group: Group, state: State, /) -> Union[float, Tensor]:
+        """One number for all elements, or one each."""
 
 
 class UpdateRule(NamedTuple):
-    """One optimizer's step on one tensor."""
+    """What is known of an optimizer."""
 
     update: Update
-    """The updated parameter; differentiable with respect to the gradient."""
-    slope: Optional[Callable[[Tensor, Tensor, Group, State], Union[float, Tensor]]]
-    """Its elementwise derivative with respect to the gradient; None: by autograd."""
+    slope: Optional[Derivative]
+    """None: by autograd."""
     settings: Set[str]
     """The settings of a param group that this rule knows."""
 
@@ -270,6 +282,22 @@ def step_of(
         remedy = "pass the optimizer that trains the student"
         raise problem("hypergradient", expected="an optimizer of the student's parameters", got="none of them", remedy=remedy)
     return Step(rule, places, clip_norm)
+
+
+def has_zero_step(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> bool:
+    """Whether the learning rate of every param group with trainable ones of these parameters is 0 (torch's own rules then leave
+    them as they are, decay included): the hypergradient is zero, and no fault of the labels.
+
+    Example (as in the first iteration of a linear warm-up):
+        >>> student, head = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        >>> optimizer = torch.optim.SGD([{"params": student.parameters(), "lr": 0.0}, {"params": head.parameters()}], lr=0.1)
+        >>> has_zero_step(optimizer, student.parameters()), has_zero_step(optimizer, head.parameters())
+        (True, False)
+    """
+    trainable = {id(parameter) for parameter in parameters if parameter.requires_grad}
+    groups = [group for group in optimizer.param_groups if any(id(parameter) in trainable for parameter in group["params"])]
+    # A group without a learning rate is that of a host's own rule, of which nothing is known.
+    return bool(groups) and all("lr" in group and float(group["lr"]) == 0.0 for group in groups)
 
 
 def total_norm(tensors: Sequence[Optional[Tensor]]) -> float:

@@ -1,0 +1,170 @@
+"""What a pass registers, removes or notes down in a student is taken back, to the object."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from problems import randn
+from torch import nn
+
+from dacal_addon.preserve import preserved
+
+HOOK_DICTS = [name for name, value in vars(nn.Module()).items() if "hook" in name and isinstance(value, dict)]
+
+
+def nothing(*_):
+    """A hook that changes nothing."""
+
+
+class Counting:
+    """A hook that is counted."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, *_):
+        self.calls += 1
+
+
+class Passing(nn.Module):
+    """Does at each pass what it is told."""
+
+    def __init__(self, at_each_pass):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 1)
+        self.at_each_pass = at_each_pass
+
+    def forward(self, x):
+        self.at_each_pass(self)
+        return self.conv(x)
+
+
+def image():
+    return randn(1, 3, 4, 4).float()
+
+
+def test_the_dicts_of_hooks_are_found():
+    kinds = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks"}
+    assert kinds <= set(HOOK_DICTS)
+
+
+def test_hooks_that_the_first_pass_registers_are_registered_anew_by_the_hosts_first_pass():
+    """transformers' models do so; doubled hooks collected every feature map twice."""
+    hook = Counting()
+
+    def once(module):
+        if not hasattr(module, "installed"):
+            module.installed = module.conv.register_forward_hook(hook)
+
+    student = Passing(once)
+    with preserved(student) as state:
+        student(image())
+        state.rewind()
+        student(image())
+    assert len(student.conv._forward_hooks) == 0
+    assert not hasattr(student, "installed")
+    assert hook.calls == 2
+    student(image())
+    assert len(student.conv._forward_hooks) == 1
+    assert hook.calls == 3
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("name", HOOK_DICTS)
+def test_every_dict_of_hooks_is_put_back_in_place_and_in_order(name, fails):
+    a, b, c = object(), object(), object()
+
+    def meddle(module):
+        hooks = vars(module.conv)[name]
+        hooks[3] = c
+        hooks[1] = hooks.pop(1)  # to the end
+        del hooks[2]
+        if fails:
+            raise KeyError
+
+    student = nn.ModuleList([Passing(nothing)])
+    hooks = vars(student[0].conv)[name]
+    hooks.update({1: a, 2: b})
+    with pytest.raises(KeyError) if fails else nullcontext(), preserved(student):
+        meddle(student[0])
+    assert vars(student[0].conv)[name] is hooks
+    assert list(hooks.items()) == [(1, a), (2, b)]
+
+
+def test_handles_from_before_still_remove_their_hooks_and_hooks_that_removed_themselves_are_back():
+    student = Passing(nothing)
+    calls = []
+
+    def once(*_):
+        calls.append(1)
+        handle.remove()
+
+    handle = student.conv.register_forward_hook(once)
+    other = student.conv.register_forward_pre_hook(nothing)
+    with preserved(student):
+        student(image())
+    assert list(student.conv._forward_hooks.values()) == [once]
+    other.remove()
+    assert not student.conv._forward_pre_hooks
+    student(image())
+    assert len(calls) == 2
+    assert not student.conv._forward_hooks
+
+
+@pytest.mark.skipif(not hasattr(nn.Module, "register_full_backward_hook"), reason="torch < 1.8")
+def test_the_kind_of_backward_hooks_is_forgotten():
+    student = Passing(lambda module: module.conv.register_full_backward_hook(nothing))
+    with preserved(student):
+        student(image())
+    assert not student.conv._backward_hooks
+    student.conv.register_backward_hook(nothing)  # torch refuses to mix both kinds
+
+
+def test_submodules_and_parameters_that_a_pass_registers_or_removes():
+    def build(module):
+        if not hasattr(module, "late"):
+            module.late, module.scale = nn.Linear(2, 2), nn.Parameter(torch.rand(1))
+            module.register_parameter("shift", nn.Parameter(torch.rand(1)))
+            del module.early
+        drawn.append(module.scale.item())
+
+    drawn = []
+    student = Passing(build)
+    student.register_parameter("shift", None)
+    student.early = nn.Linear(1, 1)
+    student.last = nn.Linear(1, 1)
+    early, names = student.early, [name for name, _ in student.named_modules()]
+    parameters, keys = [id(p) for p in student.parameters()], list(student.state_dict())
+    with preserved(student) as state:
+        student(image())
+        state.rewind()
+        student(image())
+    assert drawn[0] == drawn[1]
+    assert student.early is early
+    assert [name for name, _ in student.named_modules()] == names
+    assert [id(p) for p in student.parameters()] == parameters
+    assert list(student.state_dict()) == keys
+    assert student.shift is None
+    with preserved(student) as state:
+        student(image())
+        late, scale = student.late, student.scale
+        state.keep()
+        state.rewind()
+        assert not hasattr(student, "late")
+    assert student.late is late
+    assert student.scale is scale
+    assert not hasattr(student, "early")
+
+
+@pytest.mark.skipif(not hasattr(nn, "LazyConv2d"), reason="torch < 1.8")
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_a_lazy_module_stays_what_it_has_become_and_works():
+    student = nn.Sequential(nn.LazyConv2d(2, 1), nn.BatchNorm2d(2))
+    with preserved(student) as state:
+        first = student(image())
+        state.rewind()
+        assert torch.equal(student(image()), first)
+    assert type(student[0]) is nn.Conv2d
+    assert student[0].weight.shape == (2, 3, 1, 1)
+    assert float(student[1].num_batches_tracked) == 0
+    assert torch.equal(student(image()), first)
