@@ -96,10 +96,11 @@ def main(arguments: Optional[List[str]] = None) -> int:
 
 
 def _evaluate(options: argparse.Namespace, words: List[str]) -> int:
-    from .evaluate.run import Options, evaluate
+    from .evaluate.command import evaluate
+    from .evaluate.options import EvaluateOptions
 
     given = {name: value for name, value in vars(options).items() if name != "command"}
-    return evaluate(Options(**given), command=["dacal", *words])
+    return evaluate(EvaluateOptions(**given), command=["dacal", *words])
 
 
 def _demo(options: argparse.Namespace) -> int:

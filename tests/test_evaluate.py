@@ -1,5 +1,6 @@
 """`dacal evaluate` on small folders: its figures, its formats, and every kind of bad file, by name."""
 
+import ast
 import io
 import json
 import os
@@ -8,6 +9,8 @@ import re
 import struct
 import zipfile
 import zlib
+from html import escape
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +18,12 @@ import torch
 from oracles import predictions
 from PIL import Image
 
+import dacal_addon.evaluate
 from dacal_addon import cli
 from dacal_addon.evaluate import predictions as reading
-from dacal_addon.evaluate.run import CITYSCAPES
+from dacal_addon.evaluate.labels import CITYSCAPES
 from dacal_addon.metrics import CalibrationStats, boundary_mask
+from dacal_addon.metrics.catalogue import CATALOGUE
 
 C, H, W = 4, 12, 16
 SAFE_PT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6)
@@ -63,10 +68,16 @@ def test_the_report_is_what_the_statistics_say(case, capsys):
     found, stats = report(folder), expected_stats(z, target, classwise=True, n_bins=10)
     for name, values in found["metrics"].items():
         assert values["value"] == pytest.approx(getattr(stats, name)(), abs=1e-12), name
-        if name != "smece":
+        if CATALOGUE[name].interval:
             interval = stats.bootstrap(name)
             assert (values["low"], values["high"]) == pytest.approx((interval.low, interval.high)), name
-    assert len(found["metrics"]) == 10
+        else:
+            assert (values["low"], values["high"]) == (None, None), name
+    assert list(found["metrics"]) == [key for key, metric in CATALOGUE.items() if not metric.classwise]
+    assert set(found["metrics"]) | set(found["classes"][0]) >= set(CATALOGUE)
+    page = (folder / "out" / "report.html").read_text(encoding="utf-8")
+    for metric in CATALOGUE.values():
+        assert f"<dt>{escape(metric.name)}</dt><dd>{escape(metric.definition)}</dd>" in page
     assert (found["images"], found["pixels"], found["skipped"]) == (3, stats.pixels, [])
     assert [row["name"] for row in found["per_image"]] == ["a", "b", "c"]
     for i, row in enumerate(found["per_image"]):
@@ -144,7 +155,7 @@ def test_pairs_of_images(case, bits):
     found = report(folder)["metrics"]
     assert found["ece"]["value"] == pytest.approx(stats.ece(), abs=1e-12)
     assert found["miou"]["value"] == pytest.approx(stats.miou(), abs=1e-12)
-    assert "nll" not in found
+    assert set(found) == {key for key, metric in CATALOGUE.items() if not metric.distribution}
     assert run(folder, pred="pairs", kind="probs") == 2
 
 
@@ -494,7 +505,7 @@ def test_interrupted(case, monkeypatch, capsys):
     def stop(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dacal_addon.evaluate.run.read_prediction", stop)
+    monkeypatch.setattr("dacal_addon.evaluate.judging.read_prediction", stop)
     assert run(case[0]) == 130
     assert "dacal evaluate: interrupted" in capsys.readouterr().err
     assert not (case[0] / "out" / "report.json").exists()
@@ -517,3 +528,15 @@ def test_threads_and_their_number_do_not_matter(case):
         found.append({key: value for key, value in report(folder).items() if key in ("metrics", "per_image", "classes")})
     assert found[0] == found[1]
     assert torch.get_num_threads() == threads
+
+
+def test_data_flows_one_way():
+    """Every file imports from those before it alone, and at its top; labels and predictions both read, the latter PNGs too."""
+    rooms = ["files", "labels", "predictions", "options", "plan", "judging", "report", "page", "command"]
+    folder = Path(dacal_addon.evaluate.__file__).parent
+    assert sorted(path.stem for path in folder.glob("*.py")) == sorted([*rooms, "__init__"])
+    for place, room in enumerate(rooms):
+        tree = ast.parse((folder / f"{room}.py").read_text(encoding="utf-8"))
+        found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+        assert {node.module for node in found if node.level == 1} <= set(rooms[:place]), room
+        assert [node.lineno for node in found if node not in tree.body] == [], room

@@ -85,7 +85,7 @@ def test_netcal_adaptive_is_not_equal_mass(case):
     assert abs(stats.ece(binning="mass") - unweighted) > 0.01
 
 
-def test_relplot_smooth_ece(case):
+def test_relplot_smece(case):
     """Its bandwidth is searched in ten halvings, ours to the end, so that they differ by up to 1e-3."""
     _, _, p, y, stats = case
     confidence, right = top(p, y)

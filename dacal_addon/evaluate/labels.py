@@ -8,6 +8,11 @@ import numpy as np
 
 from .files import BadFile, by_stem, first_line, inside, listed, png_header
 
+CITYSCAPES = [
+    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain", "sky",
+    "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
+]  # fmt: skip
+
 
 def find_labels(folder: Path, *, mapped: bool) -> Dict[str, Path]:
     """Image -> label PNG below a folder.

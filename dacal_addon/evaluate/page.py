@@ -6,62 +6,12 @@ from html import escape
 from string import Template
 from typing import Any, Iterable, Mapping, Sequence, Union
 
-# Name, unit, definition with its source. Fractions are shown in percent.
-_DEFINITIONS = {
-    "accuracy": ("Accuracy", "%", "Share of the pixels whose most probable class is the target."),
-    "mean_confidence": ("Mean confidence", "%", "Mean of the largest probability. Above the accuracy: overconfident."),
-    "ece": (
-        "ECE",
-        "%",
-        "Expected calibration error: mean over bins of confidence, weighted by their pixels, of |accuracy - mean confidence| "
-        "(Naeini et al., AAAI 2015; Guo et al., ICML 2017). Bins of equal width, closed on the right.",
-    ),
-    "mce": (
-        "MCE",
-        "%",
-        "Maximum calibration error: the largest gap of a bin, however few pixels it holds (Naeini et al., 2015).",
-    ),
-    "ks": (
-        "KS error",
-        "%",
-        "Kolmogorov-Smirnov calibration error: the largest gap of the cumulative confidence and accuracy, without bins "
-        "(Gupta et al., ICLR 2021).",
-    ),
-    "smece": (
-        "Smooth ECE",
-        "%",
-        "Calibration error smoothed by a kernel as wide as its own value, without bins (Błasiok & Nakkiran, ICLR 2024).",
-    ),
-    "aurc": (
-        "AURC",
-        "%",
-        "Area under the risk-coverage curve: the error rate among the k most confident pixels, averaged over k. Small where "
-        "confidence ranks right before wrong (Geifman & El-Yaniv, NIPS 2017).",
-    ),
-    "brier": (
-        "Brier score",
-        "",
-        "Mean over the pixels of the sum over all classes of (probability - target)², in 0 to 2 (Brier, 1950).",
-    ),
-    "nll": ("NLL", "nats", "Mean negative log-likelihood of the target."),
-    "miou": (
-        "mIoU",
-        "%",
-        "Intersection over union, pooled over all images, mean over the classes that occur (Everingham et al., IJCV 2010).",
-    ),
-    "classwise": (
-        "Class-wise ECE",
-        "%",
-        "Calibration error of the probability of one class over all pixels, not only where it is predicted; most have a "
-        "probability near 0, which makes it small (Kull et al., NeurIPS 2019).",
-    ),
-    "interval": (
-        "95 % interval",
-        "",
-        "Percentile bootstrap, 1000 draws of the images with replacement: pixels of one image are not "
-        "independent (Efron, 1979).",
-    ),
-}
+from ..metrics.catalogue import CATALOGUE
+
+_INTERVAL = (
+    "95 % interval",
+    "Percentile bootstrap, 1000 draws of the images with replacement: pixels of one image are not independent (Efron, 1979).",
+)
 _WORST = 10
 _PAGE = Template(
     """<!DOCTYPE html>
@@ -133,17 +83,17 @@ def make_page(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
 def _figures(report: Mapping[str, Any]) -> str:
     rows = []
     for key, found in report["metrics"].items():
-        name, unit, _ = _DEFINITIONS[key]
-        interval = "" if found["low"] is None else f"{_number(found['low'], unit)} to {_number(found['high'], unit)}"
-        rows.append([name, _number(found["value"], unit, with_unit=True), interval])
+        metric = CATALOGUE[key]
+        low, high = (_number(found[end], metric.unit) for end in ("low", "high"))
+        interval = "" if found["low"] is None else f"{low} to {high}"
+        rows.append([metric.name, _number(found["value"], metric.unit, with_unit=True), interval])
     near = report["boundary"]
     if near is not None:
         width = report["settings"]["boundary"]
-        for key in ("accuracy", "mean_confidence", "ece"):
-            rows.append(
-                [f"{_DEFINITIONS[key][0]} within {width} px of a boundary", _number(near[key], "%", with_unit=True), ""]
-            )
-    return _table(["Metric", "Value", "95 % interval"], rows)
+        for metric in (CATALOGUE[key] for key in near if key in CATALOGUE):
+            name = f"{metric.name} within {width} px of a boundary"
+            rows.append([name, _number(near[metric.key], metric.unit, with_unit=True), ""])
+    return _table(["Metric", "Value", _INTERVAL[0]], rows)
 
 
 def _reliability(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
@@ -166,7 +116,8 @@ def _reliability(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> st
 
 
 def _classes(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
-    keys = {"iou": "IoU %", "recall": "Recall %", "precision": "Precision %", "classwise_ece": "Class-wise ECE %"}
+    keys = {"iou": "IoU %", "recall": "Recall %", "precision": "Precision %"}
+    keys["classwise_ece"] = f"{CATALOGUE['classwise_ece'].name} %"
     keys = {key: name for key, name in keys.items() if key in report["classes"][0]}
     rows = [[row["name"], _count(row["pixels"]), *(_number(row[key], "%") for key in keys)] for row in report["classes"]]
     content = _table(["Class", "Target pixels", *keys.values()], rows)
@@ -180,15 +131,12 @@ def _classes(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
 
 def _worst(images: Sequence[Mapping[str, Any]]) -> str:
     worst = sorted((row for row in images if row["ece"] is not None), key=lambda row: -row["ece"])[:_WORST]
+    metrics = [CATALOGUE[key] for key in ("ece", "mean_confidence", "accuracy", "miou")]
     rows = [
-        [
-            row["name"],
-            _count(row["pixels"]),
-            *(_number(row[key], "%") for key in ("ece", "mean_confidence", "accuracy", "miou")),
-        ]
-        for row in worst
+        [row["name"], _count(row["pixels"]), *(_number(row[metric.key], metric.unit) for metric in metrics)] for row in worst
     ]
-    return _table(["Image", "Valid pixels", "ECE %", "Mean confidence %", "Accuracy %", "mIoU %"], rows) if rows else ""
+    head = ["Image", "Valid pixels", *(f"{metric.name} {metric.unit}" for metric in metrics)]
+    return _table(head, rows) if rows else ""
 
 
 def _skipped(skipped: Sequence[Mapping[str, str]]) -> str:
@@ -200,8 +148,9 @@ def _skipped(skipped: Sequence[Mapping[str, str]]) -> str:
 
 
 def _definitions(report: Mapping[str, Any]) -> str:
-    keys = [*report["metrics"], *(["classwise"] if "classwise_ece" in report["classes"][0] else []), "interval"]
-    items = (f"<dt>{escape(_DEFINITIONS[key][0])}</dt><dd>{escape(_DEFINITIONS[key][2])}</dd>" for key in keys)
+    shown = [CATALOGUE[key] for key in (*report["metrics"], *report["classes"][0]) if key in CATALOGUE]
+    terms = [*((metric.name, metric.definition) for metric in shown), _INTERVAL]
+    items = (f"<dt>{escape(name)}</dt><dd>{escape(definition)}</dd>" for name, definition in terms)
     bins = report["settings"]["n_bins"]
     note = f"Figures are pooled over all valid pixels; {bins} bins. Sums are taken in float64, counts are whole numbers."
     return f"<p>{note}</p>\n<dl>{''.join(items)}</dl>"

@@ -1,7 +1,6 @@
-"""report.json and the pictures: everything that was found, as numbers."""
+"""Everything that was found, as numbers, and the pictures of them."""
 
 import datetime
-import json
 import math
 import platform
 from pathlib import Path
@@ -11,13 +10,11 @@ import torch
 
 from .. import __version__, plots
 from ..metrics import CalibrationStats, ReliabilityTable
-from .page import make_page
-from .run import Options, Results
+from ..metrics.catalogue import CATALOGUE, Metric
+from .judging import Results
+from .options import EvaluateOptions
 
-# In the order of the page. Intervals by bootstrap over the images, except where one figure takes as long as all others.
-_METRICS = ("accuracy", "mean_confidence", "ece", "mce", "ks", "smece", "aurc", "brier", "nll", "miou")
-_WITHOUT_INTERVAL = ("smece",)
-_WHOLE_DISTRIBUTION = ("brier", "nll")
+_NEAR_BOUNDARIES = ("accuracy", "mean_confidence", "ece")
 
 
 def headline(stats: CalibrationStats) -> str:
@@ -45,26 +42,19 @@ def headline(stats: CalibrationStats) -> str:
     return f"{kind}: {means}; calibration error (ECE) {100 * stats.ece():.2f} %."
 
 
-def write_report(results: Results, options: Options, kind: str, command: Sequence[str]) -> List[str]:
-    """Write report.json, report.html and the pictures; returns their names."""
-    report = make_report(results, options, kind, command)
-    figures = {"reliability.png": plots.reliability_diagram({"all pixels": results.stats.reliability()})}
+def make_pictures(results: Results, options: EvaluateOptions) -> Dict[str, Any]:
+    """File name -> matplotlib `Figure`."""
+    tables = {"all pixels": results.stats.reliability()}
     if results.boundary is not None:
-        tables = {"all pixels": results.stats.reliability(), "near boundaries": results.boundary.reliability()}
-        figures["reliability.png"] = plots.reliability_diagram(tables)
+        tables["near boundaries"] = results.boundary.reliability()
+    figures = {"reliability.png": plots.reliability_diagram(tables)}
     if options.classwise:
         by_class = {name: results.stats.reliability(of_class=c) for c, name in enumerate(results.class_names)}
         figures["classwise.png"] = plots.classwise_panel(by_class)
-    for name, figure in figures.items():
-        plots.save(figure, options.out / name)
-    (options.out / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    pictures = {name: (options.out / name).read_bytes() for name in figures}
-    # A file's name may hold bytes that are no text.
-    (options.out / "report.html").write_bytes(make_page(report, pictures).encode("utf-8", "backslashreplace"))
-    return ["report.html", "report.json", *figures]
+    return figures
 
 
-def make_report(results: Results, options: Options, kind: str, command: Sequence[str]) -> Dict[str, Any]:
+def make_report(results: Results, options: EvaluateOptions, kind: str, command: Sequence[str]) -> Dict[str, Any]:
     """What report.json holds: fractions, not percent; null where there is no value, "infinite" for an infinite one."""
     stats = results.stats
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in options._asdict().items()}
@@ -75,7 +65,9 @@ def make_report(results: Results, options: Options, kind: str, command: Sequence
         "images": stats.images,
         "pixels": stats.pixels,
         "metrics": {
-            name: _with_interval(stats, name) for name in _METRICS if kind != "top1" or name not in _WHOLE_DISTRIBUTION
+            key: _with_interval(stats, metric)
+            for key, metric in CATALOGUE.items()
+            if not metric.classwise and not (metric.distribution and kind == "top1")
         },
         "boundary": None if results.boundary is None else _near_boundaries(results.boundary),
         "reliability": _rows(stats.reliability()),
@@ -98,18 +90,18 @@ def make_report(results: Results, options: Options, kind: str, command: Sequence
     return cleaned
 
 
-def _with_interval(stats: CalibrationStats, name: str) -> Dict[str, Optional[float]]:
-    if name in _WITHOUT_INTERVAL or stats.images < 2:
-        return {"value": getattr(stats, name)(), "low": None, "high": None}
-    found = stats.bootstrap(name)
+def _with_interval(stats: CalibrationStats, metric: Metric) -> Dict[str, Optional[float]]:
+    if not metric.interval or stats.images < 2:
+        return {"value": getattr(stats, metric.key)(), "low": None, "high": None}
+    found = stats.bootstrap(metric.key)
     return {"value": found.estimate, "low": found.low, "high": found.high}
 
 
 def _near_boundaries(stats: CalibrationStats) -> Dict[str, float]:
-    return {"pixels": stats.pixels, **{name: getattr(stats, name)() for name in ("accuracy", "mean_confidence", "ece")}}
+    return {"pixels": stats.pixels, **{key: getattr(stats, key)() for key in _NEAR_BOUNDARIES}}
 
 
-def _classes(results: Results, options: Options) -> List[Dict[str, Any]]:
+def _classes(results: Results, options: EvaluateOptions) -> List[Dict[str, Any]]:
     stats = results.stats
     confusion, iou = stats.confusion().double(), stats.iou()
     columns = {

@@ -16,6 +16,21 @@ from .arrays import Array
 from .binned import ReliabilityTable
 from .stats import CalibrationStats
 
+__all__ = [
+    "accuracy",
+    "aurc",
+    "brier",
+    "classwise_ece",
+    "ece",
+    "ks",
+    "mce",
+    "mean_confidence",
+    "miou",
+    "nll",
+    "reliability",
+    "smece",
+]
+
 
 def reliability(
     x: Array, target: Array, *, input: str, n_bins: int = 15, binning: str = "width", ignore_index: int = 255
@@ -119,11 +134,11 @@ def smece(x: Array, target: Array, *, input: str, ignore_index: int = 255) -> fl
     return _of(x, target, input, ignore_index).smece()
 
 
-def brier_score(x: Array, target: Array, *, input: str, ignore_index: int = 255) -> float:
+def brier(x: Array, target: Array, *, input: str, ignore_index: int = 255) -> float:
     """Mean over the pixels of the sum over all classes of (probability - target)^2. In 0..2.
 
     Example:
-        >>> brier_score(torch.zeros(1, 4, 1, 1), torch.zeros(1, 1, 1, dtype=torch.long), input="logits")  # 9/16 + 3/16
+        >>> brier(torch.zeros(1, 4, 1, 1), torch.zeros(1, 1, 1, dtype=torch.long), input="logits")  # 9/16 + 3/16
         0.75
 
     Source: Brier (Monthly Weather Review 1950).

@@ -6,12 +6,12 @@ from scipy.special import digamma
 from .binned import Cells
 
 
-def ks_error(cells: Cells) -> float:
+def ks(cells: Cells) -> float:
     """Kolmogorov-Smirnov calibration error: the largest gap of the cumulative confidence and accuracy. In 0..1, NaN if empty.
 
     Example:
         >>> cells = Cells(np.array([2.0, 2.0]), np.array([2.0, 0.0]), np.array([1.2, 1.8]))
-        >>> round(ks_error(cells), 6)  # after the first cell (1.2 - 2) / 4, after both (3 - 2) / 4
+        >>> round(ks(cells), 6)  # after the first cell (1.2 - 2) / 4, after both (3 - 2) / 4
         0.25
 
     Source: Gupta et al., Calibration of Neural Networks using Splines (ICLR 2021, eq. 5), top class.

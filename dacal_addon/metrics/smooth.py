@@ -11,7 +11,7 @@ _POINTS = 1 << 14
 _STEPS = 50
 
 
-def smooth_ece(cells: Cells) -> float:
+def smece(cells: Cells) -> float:
     """The smooth ECE whose kernel is as wide as its value: s with s = integral of |(K_s * residual)(t)| dt. In 0..1.
 
     The residual, correct - confidence of every pixel at its confidence, is smoothed by a Gaussian reflected at 0 and 1 (in
@@ -19,7 +19,7 @@ def smooth_ece(cells: Cells) -> float:
 
     Example:
         >>> cells = Cells(np.array([4.0]), np.array([2.0]), np.array([2.8]))  # 0.5 right at 0.7: smoothing keeps the area
-        >>> round(smooth_ece(cells), 6)
+        >>> round(smece(cells), 6)
         0.2
 
     Source: Błasiok & Nakkiran, Smooth ECE: Principled Reliability Diagrams via Kernel Smoothing (ICLR 2024, section 3).

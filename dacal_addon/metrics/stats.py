@@ -3,7 +3,7 @@
 import functools
 import math
 from operator import methodcaller
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, TypeVar, Union, cast
+from typing import Any, Callable, Dict, List, Optional, Tuple, TypeVar, Union, cast
 
 import numpy as np
 import torch
@@ -11,23 +11,23 @@ from torch import Tensor
 
 from .._check import check_choice, check_number, check_whole, describe, problem
 from ..ranks import Ranks
+from . import ordered, smooth
 from . import totals as _totals
 from .arrays import Array, Predictions, as_batch
 from .binned import NORMS, Cells, ReliabilityTable, calibration_error, mass_bins, tabulate, width_bins
+from .bootstrap import Bootstrap, percentile_interval, resampled
+from .catalogue import CATALOGUE
 from .grid import Grid, cell_count, make_grid
-from .ordered import aurc, ks_error
 from .pixels import Judge, Settings, count_, fault, judge
-from .smooth import smooth_ece
 from .totals import Totals
 
 INPUTS = ("logits", "probs", "log_probs", "top1")
 _Method = TypeVar("_Method", bound=Callable[..., Any])
-_BOOTSTRAPPED = ("ece", "mce", "ks", "smece", "brier", "nll", "aurc", "mean_confidence", "accuracy", "miou")
+# Images keep no class-wise counts.
+_BOOTSTRAPPED = [key for key, metric in CATALOGUE.items() if not metric.classwise]
 # The confusion matrix has the square of it.
 _MOST_CLASSES = 4096
 _MOST_BINS = 10_000
-# A replicate's counts are 150 KB.
-_REPLICATES_AT_ONCE = 50
 
 
 def _counting(method: _Method) -> _Method:
@@ -42,19 +42,6 @@ def _counting(method: _Method) -> _Method:
                 return method(*arguments, **options)
 
     return cast(_Method, inner)
-
-
-class Bootstrap(NamedTuple):
-    """A metric and how far it would move with other images of the same kind."""
-
-    estimate: float
-    """On the images as they are."""
-    low: float
-    """Lower end of the interval."""
-    high: float
-    """Upper end."""
-    samples: Tensor
-    """(replicates,) float64: the metric on images drawn with replacement."""
 
 
 class CalibrationStats:
@@ -318,12 +305,12 @@ class CalibrationStats:
         return self.ece(norm="max", binning=binning)
 
     def ks(self) -> float:
-        """Kolmogorov-Smirnov calibration error, which has no bins; see `ks_error`. In 0..1, to the width of a cell."""
-        return ks_error(self._cells(self._totals))
+        """Kolmogorov-Smirnov calibration error, which has no bins; see `ordered.ks`. In 0..1, to the width of a cell."""
+        return ordered.ks(self._cells(self._totals))
 
     def smece(self) -> float:
-        """Smooth calibration error; see `smooth_ece`. In 0..1, to the width of a cell."""
-        return smooth_ece(self._cells(self._totals))
+        """Smooth calibration error; see `smooth.smece`. In 0..1, to the width of a cell."""
+        return smooth.smece(self._cells(self._totals))
 
     def classwise_ece(
         self, average: Optional[str] = "macro", *, norm: str = "l1", binning: str = "width"
@@ -367,7 +354,7 @@ class CalibrationStats:
     def aurc(self) -> float:
         """Area under the risk-coverage curve: how well confidence ranks right before wrong; see `ordered.aurc`. In 0..1,
         to the width of a cell."""
-        return aurc(self._cells(self._totals))
+        return ordered.aurc(self._cells(self._totals))
 
     def mean_confidence(self) -> float:
         """Mean of the largest probability over the pixels; above `accuracy`, a network is overconfident. In 0..1."""
@@ -429,7 +416,7 @@ class CalibrationStats:
 
     def plot(self, *, title: str = "") -> Any:
         """The reliability diagram with the histogram of confidences: a matplotlib `Figure` (needs the extra `plot`)."""
-        from ..plots import reliability_diagram
+        from ..plots import reliability_diagram  # here, since pictures are made from metrics and not the other way round
 
         return reliability_diagram({title: self.reliability()})
 
@@ -445,7 +432,7 @@ class CalibrationStats:
         """Percentile interval of a metric, from images drawn with replacement: pixels of one image are not independent.
 
         Args:
-            metric: the name of a method, called with `options`, or a function of a `CalibrationStats`.
+            metric: the name of a method, in `catalogue`, called with `options`, or a function of a `CalibrationStats`.
             replicates: how many draws of as many images as there are.
             level: the share of the draws inside the interval.
             generator: of the draws, on the CPU; by default one with seed 0, so that the interval is reproducible.
@@ -474,26 +461,13 @@ class CalibrationStats:
         if not self._images:
             raise problem("bootstrap", expected="at least one image", got="none", remedy="call update", error=RuntimeError)
         generator = torch.Generator().manual_seed(0) if generator is None else generator
-        stacked = _totals.stack([Totals(*(field.cpu() for field in one)) for one in self._images], like=self._images[0])
         drawn = CalibrationStats(**self._settings._replace(classwise=False)._asdict())
         samples = []
-        for begin in range(0, replicates, _REPLICATES_AT_ONCE):
-            rows = min(_REPLICATES_AT_ONCE, replicates - begin)
-            picks = torch.randint(len(self._images), (rows, len(self._images)), generator=generator)
-            weights = torch.zeros(picks.shape, dtype=torch.float64).scatter_add_(1, picks, torch.ones(picks.shape).double())
-            for counts in _totals.weighted(stacked, weights):
-                drawn._totals = counts
-                samples.append(measure(drawn))
-        tail = (1 - level) / 2
-        known = np.sort([sample for sample in samples if not math.isnan(sample)])
-        low, high = math.nan, math.nan
-        if len(known):
-            # Infinite values cannot be interpolated: the nearest ones then.
-            low, high = (
-                np.quantile(known, q) if np.isfinite(known).all() else known[round(q * (len(known) - 1))]
-                for q in (tail, 1 - tail)
-            )
-        return Bootstrap(measure(self), float(low), float(high), torch.tensor(samples, dtype=torch.float64))
+        for counts in resampled(self._images, replicates, generator):
+            drawn._totals = counts
+            samples.append(measure(drawn))
+        low, high = percentile_interval(samples, level)
+        return Bootstrap(measure(self), low, high, torch.tensor(samples, dtype=torch.float64))
 
     # Inner parts
 
