@@ -1,26 +1,29 @@
 """Calibrated self-training for domain-adaptive semantic segmentation, after DA-Cal (arXiv 2602.20860).
 
 The data flows one way, and so do the files:
-teacher logits -> `temperature` -> `pseudo_labels` -> `mixing` -> `outer_sets`, `losses` -> `temperature_fit` or `bilevel` and
-`engines` -> `metrics`.
+teacher logits -> `temperature` -> `pseudo_labels` -> `mixing` -> `losses` -> `learners` and `engines` -> `metrics`;
+`self_training` puts the pieces together for a training loop.
 """
 
-from .bilevel import BilevelCalibrationStep, CalibrationStepResult
 from .engines import Hypergradient, hypergradient
+from .learners import BilevelCalibrationStep, CalibrationStepResult, Skip, SkipKind, TemperatureFit
 from .losses import soft_cross_entropy
 from .pseudo_labels import SoftPseudoLabeler, SoftPseudoLabels
+from .self_training import DACal, MixedBatch
 from .temperature import MetaTemperatureNet
-from .temperature_fit import TemperatureFit, TemperatureFitResult
 
 __all__ = [
     "BilevelCalibrationStep",
     "CalibrationStepResult",
+    "DACal",
     "Hypergradient",
     "MetaTemperatureNet",
+    "MixedBatch",
+    "Skip",
+    "SkipKind",
     "SoftPseudoLabeler",
     "SoftPseudoLabels",
     "TemperatureFit",
-    "TemperatureFitResult",
     "hypergradient",
     "soft_cross_entropy",
 ]

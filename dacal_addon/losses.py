@@ -1,12 +1,21 @@
-"""The losses: soft cross-entropy trains the student, and the outer losses judge its virtual update."""
+"""The losses: soft cross-entropy trains the student, and the outer losses judge what it (or the teacher) says."""
 
-from typing import Optional
+from functools import partial
+from typing import Dict, Optional, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._check import check_label, check_logits, check_number, check_tensor, describe, problem
+
+
+class OuterLoss(Protocol):
+    """How a judged set is judged: logits (N, C, H, W), labels and weights (N, H, W) -> scalar. `OUTER_LOSSES` has some."""
+
+    def __call__(
+        self, logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, ignore_index: int = 255
+    ) -> Tensor: ...
 
 
 def soft_cross_entropy(logits: Tensor, soft_label: Tensor, weight: Optional[Tensor] = None) -> Tensor:
@@ -38,8 +47,10 @@ def soft_cross_entropy(logits: Tensor, soft_label: Tensor, weight: Optional[Tens
     check_logits("soft_cross_entropy", "logits", logits)
     expected = f"soft_label: a floating tensor {tuple(logits.shape)} like the logits"
     y = check_tensor("soft_cross_entropy", "soft_label", soft_label, expected=expected, remedy="see one_hot and mix")
+    if y.dim() == 4:
+        _check_size("soft_cross_entropy", logits, y)
     if y.shape != logits.shape or not y.is_floating_point():
-        remedy = "make hard labels soft with one_hot, and interpolate the logits to the size of the labels"
+        remedy = "make hard labels soft with one_hot"
         raise problem("soft_cross_entropy", expected=expected, got=describe(y), remedy=remedy)
     log_p = F.log_softmax(_at_least_float32(logits), dim=1)
     # A class masked out with -inf costs nothing where the label is 0 (0 * -inf would be NaN).
@@ -53,14 +64,18 @@ def cross_entropy(logits: Tensor, label: Tensor, weight: Optional[Tensor] = None
 
     `soft_cross_entropy` for hard labels, with the same mean.
 
+    Args:
+        logits: (N, C, H, W), floating, at the resolution of the labels.
+        label: (N, H, W) int64, `ignore_index` (also a class) where not judged.
+        weight: (N, H, W), floating, >= 0; None for 1 everywhere.
+
     Example:
         >>> logits = torch.zeros(1, 4, 1, 2)
         >>> round(cross_entropy(logits, torch.tensor([[[3, 255]]])).item(), 4)  # log 4
         1.3863
     """
     check_logits("cross_entropy", "logits", logits)
-    n, _, h, w = logits.shape
-    check_label("cross_entropy", "label", label, shape=(n, h, w))
+    _check_label("cross_entropy", logits, label)
     loss = F.cross_entropy(_at_least_float32(logits), label, ignore_index=ignore_index, reduction="none")
     return _mean_over(label != ignore_index, loss, _checked_weight("cross_entropy", weight, loss))
 
@@ -79,8 +94,7 @@ def brier(logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, ign
     Source: Brier (Monthly Weather Review, 1950).
     """
     check_logits("brier", "logits", logits)
-    n, _, h, w = logits.shape
-    check_label("brier", "label", label, shape=(n, h, w))
+    _check_label("brier", logits, label)
     judged = label != ignore_index
     p = F.softmax(_at_least_float32(logits), dim=1)
     of_label = p.gather(1, label.masked_fill(~judged, 0).unsqueeze(1))[:, 0]
@@ -116,8 +130,7 @@ def calibration_gap(
     """
     check_logits("calibration_gap", "logits", logits)
     check_number("calibration_gap", "n_bins", n_bins, low=1, rule=">= 1")
-    n, _, h, w = logits.shape
-    check_label("calibration_gap", "label", label, shape=(n, h, w))
+    _check_label("calibration_gap", logits, label)
     judged = (label != ignore_index).to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     weight = _checked_weight("calibration_gap", weight, judged)
     mass = (judged if weight is None else judged * weight).flatten()
@@ -146,19 +159,55 @@ class CrossEntropyAndGap:
         3.1931
     """
 
-    def __init__(self, *, gap_weight: float = 10.0, n_bins: int = 15, ignore_index: int = 255) -> None:
+    def __init__(self, *, gap_weight: float = 10.0, n_bins: int = 15) -> None:
         check_number("CrossEntropyAndGap", "gap_weight", gap_weight, low=0.0, rule=">= 0")
         self.gap_weight = gap_weight
         self.n_bins = n_bins
-        self.ignore_index = ignore_index
 
-    def __call__(self, logits: Tensor, label: Tensor, weight: Optional[Tensor] = None) -> Tensor:
-        gap = calibration_gap(logits, label, weight, n_bins=self.n_bins, ignore_index=self.ignore_index)
-        return cross_entropy(logits, label, weight, ignore_index=self.ignore_index) + self.gap_weight * gap
+    def __call__(self, logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, ignore_index: int = 255) -> Tensor:
+        gap = calibration_gap(logits, label, weight, n_bins=self.n_bins, ignore_index=ignore_index)
+        return cross_entropy(logits, label, weight, ignore_index=ignore_index) + self.gap_weight * gap
+
+
+OUTER_LOSSES: Dict[str, OuterLoss] = {
+    "cross_entropy": cross_entropy,
+    "brier": brier,
+    "calibration_gap": calibration_gap,
+    "cross_entropy_and_gap": CrossEntropyAndGap(),
+}
+
+
+def is_mean_over_labelled(loss: OuterLoss) -> bool:
+    """Whether a loss is built in: a mean over labelled pixels (or a ratio that the scale of the weights does not change).
+
+    Several processes get one process's value of such a loss, if each scales its weights by its share of the labelled pixels.
+
+    Example:
+        >>> is_mean_over_labelled(partial(brier, ignore_index=0)), is_mean_over_labelled(lambda *_, ignore_index: 0)
+        (True, False)
+    """
+    while isinstance(loss, partial):
+        loss = loss.func
+    return isinstance(loss, CrossEntropyAndGap) or any(loss is own for own in OUTER_LOSSES.values())
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _check_label(function: str, logits: Tensor, label: object) -> None:
+    check_label(function, "label", label)
+    _check_size(function, logits, label)  # type: ignore[arg-type]  # it is a tensor
+
+
+def _check_size(function: str, logits: Tensor, label: Tensor) -> None:
+    n, h, w = label.shape[0], *label.shape[-2:]
+    if (n, h, w) != (logits.shape[0], *logits.shape[-2:]):
+        remedy = "pass logits and label of the same images"
+        if n == logits.shape[0]:
+            remedy = "interpolate them: F.interpolate(logits, size=label.shape[-2:], mode='bilinear', align_corners=False)"
+        expected = f"logits at the resolution of the label, {(n, 'C', h, w)}"
+        raise problem(function, expected=expected, got=describe(logits), remedy=remedy)
 
 
 def _checked_weight(function: str, weight: Optional[Tensor], like: Tensor) -> Optional[Tensor]:

@@ -142,7 +142,7 @@ def mix(mask: Tensor, source: Tensor, target: Tensor, *, ignore_index: int = 255
     return torch.where(mask if source.dim() == 4 else mask[:, 0], source, target)
 
 
-def mixup_pairs(
+def blend_pairs(
     image: Tensor,
     label: Tensor,
     *,
@@ -169,7 +169,7 @@ def mixup_pairs(
 
     Example:
         >>> image, label = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1), torch.tensor([3, 5]).view(2, 1, 1)
-        >>> blended, kept = mixup_pairs(image, label, generator=torch.Generator().manual_seed(0), differing=True)
+        >>> blended, kept = blend_pairs(image, label, generator=torch.Generator().manual_seed(0), differing=True)
         >>> [round(x, 2) for x in blended.flatten().tolist()], kept.flatten().tolist()
         ([0.35, 0.65], [3, 5])
 
@@ -177,8 +177,8 @@ def mixup_pairs(
     """
     n = image.shape[0]
     if n < 2:
-        raise problem("mixup_pairs", expected="at least 2 images", got=f"{n}", remedy="use a larger batch")
-    check_number("mixup_pairs", "share", share, low=0.0, high=1.0, rule="in [0, 1]")
+        raise problem("blend_pairs", expected="at least 2 images", got=f"{n}", remedy="use a larger batch")
+    check_number("blend_pairs", "share", share, low=0.0, high=1.0, rule="in [0, 1]")
     shift = int(torch.randint(1, n, (1,), generator=generator, device=generator.device))
     blended = share * image + (1 - share) * image.roll(shift, 0)
     if not differing:

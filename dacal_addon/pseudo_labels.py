@@ -1,6 +1,6 @@
 """From the teacher's logits and temperatures to what the student is taught: soft labels, hard labels, pixel weights."""
 
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +18,18 @@ from ._check import (
 )
 
 WEIGHTS = ("ratio", "confidence", "threshold", "none")
+# exp(-10000) is 0 in any precision. A class masked out with -inf would make T's gradient 0 * inf.
+LOGIT_FLOOR = -1e4
 
 
 class SoftPseudoLabels(NamedTuple):
     """What `SoftPseudoLabeler` returns, for N images of H x W pixels and C classes."""
 
     soft_label: Tensor
-    """(N, C, H, W) floating, sums to 1 over C. Carries the gradient of the temperature net, unless under `no_grad`."""
+    """(N, C, H, W) floating, sums to 1 over C; all zeros on padding. Carries the gradient of the temperature net, unless under
+    `no_grad`."""
     pseudo_label: Tensor
-    """(N, H, W) int64, the teacher's argmax. The temperature cannot change it."""
+    """(N, H, W) int64, the teacher's argmax, which the temperature cannot change; `ignore_index` on padding."""
     weight: Tensor
     """(N, H, W) floating, >= 0, detached; 0 where the label must not be used."""
     temperature: Tensor
@@ -56,7 +59,7 @@ def soft_label(logits: Tensor, temperature: Tensor) -> Tensor:
     t = check_tensor("soft_label", "temperature", temperature, expected=expected, remedy="use MetaTemperatureNet")
     if t.shape != (n, 1, h, w):
         raise problem("soft_label", expected=expected, got=describe(t), remedy="one temperature per pixel")
-    z = logits.detach()
+    z = logits.detach().clamp(min=LOGIT_FLOOR)  # also a copy: what `torch.inference_mode` made cannot be part of a graph
     return F.softmax((z if z.dtype == torch.float64 else z.float()) / t, dim=1)
 
 
@@ -141,27 +144,47 @@ class SoftPseudoLabeler:
         self.ignore_bottom = ignore_bottom
 
     def __call__(
-        self, teacher_logits: Tensor, *, features: Optional[Tensor] = None, valid: Optional[Tensor] = None
+        self,
+        teacher_logits: Tensor,
+        *,
+        features: Optional[Tensor] = None,
+        valid: Optional[Tensor] = None,
+        ignore_index: int = 255,
     ) -> SoftPseudoLabels:
         """Label a batch.
 
         Args:
             teacher_logits: (N, C, H, W) at the resolution of the labels; detached.
             features: (N, F, h, w), handed to the temperature net; detached by `MetaTemperatureNet`.
-            valid: (N, H, W) bool, False where the image is padding; the weight there is 0.
+            valid: (N, H, W) bool, False where the image is padding: weight and soft label are 0 there, so that the pixel counts
+                neither in the loss nor in its mean.
+            ignore_index: what `pseudo_label` is on padding. Where it is a class too, as in data sets whose class 0 is
+                "unlabelled", the teacher is never asked for that class, and nothing is taught it.
 
         Raises:
             ValueError, TypeError: inputs of another shape or kind.
         """
-        check_logits("SoftPseudoLabeler", "teacher_logits", teacher_logits)
-        z = teacher_logits.detach()
+        z = _without_class(teacher_logits, ignore_index)
         if self.temperature_net is None:
             temperature = torch.ones_like(z[:, :1], dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
         elif features is None:
             temperature = self.temperature_net(z)
         else:
             temperature = self.temperature_net(z, features)
-        weight = confidence_weight(z, mode=self.weight, threshold=self.threshold)
+        pseudo_label, weight = self._hard_labels(z, valid, ignore_index)
+        soft = soft_label(z, temperature)
+        if valid is not None:
+            soft = soft.masked_fill(~valid.unsqueeze(1), 0.0)
+        return SoftPseudoLabels(soft, pseudo_label, weight, temperature)
+
+    def hard_labels(
+        self, teacher_logits: Tensor, *, valid: Optional[Tensor] = None, ignore_index: int = 255
+    ) -> Tuple[Tensor, Tensor]:
+        """(`pseudo_label`, `weight`) of the same call, which do not need the temperatures."""
+        return self._hard_labels(_without_class(teacher_logits, ignore_index), valid, ignore_index)
+
+    def _hard_labels(self, z: Tensor, valid: Optional[Tensor], ignore_index: int) -> Tuple[Tensor, Tensor]:
+        pseudo_label, weight = z.argmax(1), confidence_weight(z, mode=self.weight, threshold=self.threshold)
         weight[:, : self.ignore_top] = 0.0
         weight[:, max(0, weight.shape[1] - self.ignore_bottom) :] = 0.0
         if valid is not None:
@@ -171,7 +194,18 @@ class SoftPseudoLabeler:
                 remedy = "squeeze the channel dimension and compare: valid > 0"
                 raise problem("SoftPseudoLabeler", expected=f"valid: {expected}", got=describe(mask), remedy=remedy)
             weight = weight.masked_fill(~mask, 0.0)
-        return SoftPseudoLabels(soft_label(z, temperature), z.argmax(1), weight, temperature)
+            pseudo_label = pseudo_label.masked_fill(~mask, ignore_index)
+        return pseudo_label, weight
+
+
+def _without_class(teacher_logits: Tensor, ignore_index: int) -> Tensor:
+    """The logits, detached; where `ignore_index` is a class, they rule it out."""
+    check_logits("SoftPseudoLabeler", "teacher_logits", teacher_logits)
+    z = teacher_logits.detach()
+    if 0 <= ignore_index < z.shape[1]:
+        z = z.clone()
+        z[:, ignore_index] = LOGIT_FLOOR
+    return z
 
 
 def one_hot(label: Tensor, num_classes: int, *, ignore_index: int = 255) -> Tensor:
@@ -195,4 +229,4 @@ def one_hot(label: Tensor, num_classes: int, *, ignore_index: int = 255) -> Tens
     check_classes("one_hot", "label", label, num_classes, ignore_index)
     # Comparing instead of scattering: the ignored pixels come out as zeros without a class of their own.
     classes = torch.arange(num_classes, device=label.device).view(1, -1, 1, 1)
-    return (label.unsqueeze(1) == classes).float()
+    return ((label.unsqueeze(1) == classes) & (label.unsqueeze(1) != ignore_index)).float()

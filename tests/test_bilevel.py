@@ -8,8 +8,9 @@ from problems import ENGINES
 from torch import nn
 
 from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, soft_cross_entropy
+from dacal_addon.learners import JUDGED_SETS, JudgedBatch, SkipKind
+from dacal_addon.losses import OUTER_LOSSES
 from dacal_addon.mixing import class_mask, complement, mix
-from dacal_addon.outer_sets import OUTER_SETS, OuterBatch
 
 
 def generator(seed=0):
@@ -61,10 +62,10 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("outer_loss", ["cross_entropy", "cross_entropy_and_gap"])
-@pytest.mark.parametrize("outer_set", list(OUTER_SETS))
-def test_updates_the_temperature_net_and_nothing_else(outer_set, outer_loss, engine):
-    step = make(outer_set=outer_set, outer_loss=outer_loss, engine=engine)
+@pytest.mark.parametrize("outer_loss", list(OUTER_LOSSES))
+@pytest.mark.parametrize("judged_set", list(JUDGED_SETS))
+def test_updates_the_temperature_net_and_nothing_else(judged_set, outer_loss, engine):
+    step = make(judged_set=judged_set, outer_loss=outer_loss, engine=engine)
     step.student(batch()["source_image"]).sum().backward()
     student, net = state(step.student), state(step.temperature_net)
     grads = [p.grad.clone() for p in step.student.parameters()]
@@ -105,7 +106,7 @@ def test_temperatures_sharpen_a_teacher_that_is_right_and_soften_one_that_is_wro
     data["teacher_logits"] = 2 * (right if teacher_is_right else right.roll(1, 1))
     student = nn.Conv2d(3, 4, 1)
     torch.nn.init.zeros_(student.weight)
-    step = make(student=student, outer_set="source_pixels")
+    step = make(student=student, judged_set="source_pixels")
     step.optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
     for i in range(10):
         result = step(**data, generator=generator(i))
@@ -114,10 +115,10 @@ def test_temperatures_sharpen_a_teacher_that_is_right_and_soften_one_that_is_wro
 
 def test_waits_for_the_warm_up_and_then_acts_every_kth_time():
     step = make(warmup=3, every=2)
-    reasons = [step(**batch()).skipped for _ in range(8)]
-    assert reasons[:3] == [f"warm-up: iteration {i} of 3" for i in (1, 2, 3)]
-    assert [reason is None for reason in reasons[3:]] == [True, False, True, False, True]
-    assert reasons[4] == "every=2: 1 more until the next meta-step"
+    skips = [step(**batch()).skipped for _ in range(8)]
+    assert [str(skip) for skip in skips[:3]] == [f"warm-up: iteration {i} of 3" for i in (1, 2, 3)]
+    assert [skip and skip.kind for skip in skips] == ["warmup"] * 3 + [None, "every", None, "every", None]
+    assert str(skips[4]) == "every=2: 1 more until the next step"
     waiting = make(warmup=1)(**batch())
     assert math.isnan(waiting.outer_loss_before)
     assert math.isnan(waiting.temperature_mean)
@@ -126,7 +127,7 @@ def test_waits_for_the_warm_up_and_then_acts_every_kth_time():
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("case", ["outer", "after", "gradient"])
 def test_non_finite_figures_skip_the_meta_step_and_say_so(case, engine):
-    def outer_loss(logits, label, weight):
+    def outer_loss(logits, label, weight, *, ignore_index):
         loss = F.cross_entropy(logits, label, ignore_index=255)
         if case == "outer":
             return loss / 0.0
@@ -137,35 +138,36 @@ def test_non_finite_figures_skip_the_meta_step_and_say_so(case, engine):
     step = make(outer_loss=outer_loss, engine=engine)
     net, meta_state = state(step.temperature_net), copy.deepcopy(step.meta_optimizer.state_dict())
     result = step(**batch())
-    expected = {"outer": "outer loss is not finite: inf before", "after": "nan after", "gradient": "hypergradient is not"}
-    assert expected[case] in result.skipped
+    expected = {"outer": "judged set is not finite: inf before", "after": "nan after", "gradient": "gradient is not finite"}
+    assert expected[case] in str(result.skipped)
+    assert result.skipped.kind is SkipKind.NOT_FINITE
     assert same(net, state(step.temperature_net))
     assert step.meta_optimizer.state_dict() == meta_state
-    step.outer_loss = lambda logits, label, weight: F.cross_entropy(logits, label, ignore_index=255)
+    step.outer_loss = lambda logits, label, weight, **_: F.cross_entropy(logits, label, ignore_index=255)
     assert step(**batch()).skipped is None
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_nothing_to_learn_from_leaves_even_a_moving_net_where_it_is(engine):
     """Adam with momentum goes on with a zero gradient."""
-    step = make(outer_set="target_mixup", engine=engine)
+    step = make(judged_set="target_blends", engine=engine)
     for i in range(3):
         assert step(**batch(i)).skipped is None
     net = state(step.temperature_net)
-    result = step(**batch(), valid=torch.zeros(2, 8, 8, dtype=torch.bool))
-    assert "hypergradient is zero" in result.skipped
-    assert (result.outer_loss_after, result.hypergradient_norm) == (0.0, 0.0)
+    result = step(**batch(), mask=torch.ones(2, 1, 8, 8, dtype=torch.bool))  # no target pixel in the mix
+    assert result.skipped.kind is SkipKind.ZERO
+    assert result.hypergradient_norm == 0.0
     assert same(net, state(step.temperature_net))
 
 
 @pytest.mark.parametrize("outer_loss", ["cross_entropy", "cross_entropy_and_gap"])
-@pytest.mark.parametrize("outer_set", list(OUTER_SETS))
-def test_another_ignore_index_gives_the_same_step(outer_set, outer_loss):
+@pytest.mark.parametrize("judged_set", list(JUDGED_SETS))
+def test_another_ignore_index_gives_the_same_step(judged_set, outer_loss):
     other = batch()
     other["source_label"] = other["source_label"].masked_fill(other["source_label"] == 255, -1)
     results = []
     for data, ignore_index in ((batch(), 255), (other, -1)):
-        step = make(outer_set=outer_set, outer_loss=outer_loss, ignore_index=ignore_index)
+        step = make(judged_set=judged_set, outer_loss=outer_loss, ignore_index=ignore_index)
         torch.manual_seed(0)
         results.append(step(**data, generator=generator()))
     assert results[0] == results[1]
@@ -280,7 +282,7 @@ def test_resumes_exactly_where_it_was_saved():
     expected = run(whole, range(10))
     first = make(warmup=2, every=2)
     run(first, range(5))
-    resumed = make(warmup=2, every=2, net=MetaTemperatureNet(4, generator=generator(99)), seed=99)
+    resumed = make(warmup=2, every=2, net=MetaTemperatureNet(4, generator=generator(99)), generator=generator(99))
     resumed.load_state_dict(copy.deepcopy(first.state_dict()))
     got = run(resumed, range(5, 10))
     assert [r._replace(skipped=str(r.skipped)) for r in got if r.skipped is None] == [
@@ -316,14 +318,14 @@ def test_takes_features_padding_and_structured_outputs():
     assert step(**batch(), teacher_features=features, valid=valid).skipped is None
 
 
-def test_outer_sets_and_losses_can_be_the_hosts_own():
+def test_judged_sets_and_losses_can_be_the_hosts_own():
     seen = []
 
-    def outer_set(batch, *, generator):
+    def judged_set(batch, *, generator):
         seen.append(batch)
-        return OuterBatch(batch.target_image, batch.pseudo_label, batch.weight)
+        return JudgedBatch(batch.target_image, batch.pseudo_label, batch.weight)
 
-    step = make(outer_set=outer_set, outer_loss=lambda logits, label, weight: F.cross_entropy(logits, label))
+    step = make(judged_set=judged_set, outer_loss=lambda logits, label, weight, **_: F.cross_entropy(logits, label))
     assert step(**batch()).skipped is None
     assert torch.equal(seen[0].pseudo_label, batch()["teacher_logits"].argmax(1))
 
@@ -338,16 +340,34 @@ def replaced(**changes):
         (lambda: make(every=0), ValueError, r"BilevelCalibrationStep: expected every >= 1, got 0;"),
         (lambda: make(warmup=-1), ValueError, r"warmup >= 0 iterations"),
         (lambda: make(engine="unroll"), ValueError, r"engine to be one of 'higher', 'forward', 'finite_difference', 'auto'"),
-        (lambda: make(outer_set="target"), ValueError, r"outer_set to be one of 'source_and_target_pixels', "),
-        (lambda: make(outer_loss="gap"), ValueError, r"outer_loss to be one of 'cross_entropy', "),
+        (lambda: make(judged_set="target"), ValueError, r"judged_set to be one of 'source_and_target_pixels', "),
+        (lambda: make(outer_loss="gap"), ValueError, r"outer_loss to be one of 'cross_entropy', 'brier', "),
         (lambda: make(net=nn.Conv2d(4, 1, 1)).labeler(torch.zeros(1)), ValueError, r"teacher_logits"),
         (lambda: make()(**replaced(source_image=torch.zeros(2, 8, 8))), ValueError, r"source_image: .*\(N, K, H, W\), got"),
-        (lambda: make()(**replaced(target_image=torch.zeros(2, 3, 8, 9))), ValueError, r"of one shape, got \(2, 3, 8, 8\) and"),
+        (
+            lambda: make()(**replaced(target_image=torch.zeros(2, 3, 8, 9))),
+            ValueError,
+            r"one shape, got source_image \(2, 3, 8, 8",
+        ),
         (lambda: make()(**replaced(source_label=torch.zeros(2, 1, 8, 8).long())), ValueError, r"int64 tensor \(2, 8, 8\)"),
         (lambda: make()(**replaced(source_label=torch.full((2, 8, 8), 19))), ValueError, r"classes 0..3 .*the value 19"),
-        (lambda: make()(**replaced(teacher_logits=torch.zeros(2, 4, 4, 4))), ValueError, r"interpolate them to the size"),
+        (
+            lambda: make()(**replaced(teacher_logits=torch.zeros(3, 4, 8, 8))),
+            ValueError,
+            r"teacher_logits of 2 images, got float32",
+        ),
+        (
+            lambda: make()(**replaced(teacher_logits=torch.zeros(2, 8, 8))),
+            ValueError,
+            r"teacher_logits: a floating tensor \(N, C",
+        ),
+        (lambda: make()(**replaced(teacher_logits=None)), TypeError, r"expected teacher_logits or teacher, got neither"),
         (lambda: make()(**batch(), mask=torch.ones(2, 8, 8)), ValueError, r"mask: a bool tensor \(N, 1, H, W\)"),
-        (lambda: make(logits_of=lambda output: [output])(**batch()), TypeError, r"return logits, got list; say with logits_of"),
+        (
+            lambda: make(logits_of=lambda output: [output])(**batch()),
+            TypeError,
+            r"logits \(N, C, H, W\), got list of float32 \(2, 4, 4, 4\); say where .*\[0\]",
+        ),
         (lambda: make().load_state_dict({"iteration": 3}), ValueError, r"a dict without generator, meta_optimizer"),
     ],
 )
@@ -361,5 +381,5 @@ def test_the_meta_optimizer_must_own_the_temperature_net_alone():
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"the trainable parameters of labeler.temperature_net and no others"):
         BilevelCalibrationStep(student, SoftPseudoLabeler(net), optimizer=optimizer, meta_optimizer=optimizer)
-    with pytest.raises(TypeError, match=r"a torch.nn.Module to train, got NoneType; give the SoftPseudoLabeler"):
+    with pytest.raises(TypeError, match=r"torch.nn.Module to train, got SoftPseudoLabeler with NoneType; SoftPseudoLabeler\("):
         BilevelCalibrationStep(student, SoftPseudoLabeler(None), optimizer=optimizer, meta_optimizer=optimizer)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dacal_addon import soft_cross_entropy
 from dacal_addon.losses import CrossEntropyAndGap, brier, calibration_gap, cross_entropy
-from dacal_addon.metrics import brier_score
+from dacal_addon.metrics import brier as brier_of_metrics
 from dacal_addon.pseudo_labels import one_hot
 
 seeds = st.integers(0, 10**6)
@@ -107,7 +107,7 @@ def test_brier_equals_a_loop_over_pixels(seed):
         if label[n, i, j] != 255:
             costs.append(float(weight[n, i, j]) * ((p[n, :, i, j] - np.eye(4)[label[n, i, j]]) ** 2).sum())
     assert brier(z, label, weight).item() == pytest.approx(np.mean(costs), rel=1e-9)
-    assert brier(z, label).item() == pytest.approx(brier_score(z, label, input="logits"), rel=1e-9)
+    assert brier(z, label).item() == pytest.approx(brier_of_metrics(z, label, input="logits"), rel=1e-9)
 
 
 @settings(max_examples=30, deadline=None)
@@ -171,10 +171,25 @@ def test_the_sum_is_the_sum():
     ("call", "error", "expected"),
     [
         (lambda: soft_cross_entropy(logits(), hard_label()), ValueError, r"soft_label: a floating.*one_hot"),
-        (lambda: soft_cross_entropy(logits(), logits(0, (2, 4, 5, 7))), ValueError, r"\(2, 4, 5, 6\) like the logits, got"),
+        (lambda: soft_cross_entropy(logits(), logits(0, (2, 3, 5, 6))), ValueError, r"\(2, 4, 5, 6\) like the logits, got"),
+        (
+            lambda: soft_cross_entropy(logits(), logits(0, (2, 4, 5, 7))),
+            ValueError,
+            r"\(2, 'C', 5, 7\), got .*F.interpolate\(logits",
+        ),
         (lambda: soft_cross_entropy(logits(), logits(), torch.ones(2, 1, 5, 6)), ValueError, r"weight: .*\(2, 5, 6\)"),
         (lambda: soft_cross_entropy(logits(), None), TypeError, r"got NoneType"),
-        (lambda: cross_entropy(logits(), hard_label(0, (2, 5, 7))), ValueError, r"label: an int64 tensor \(2, 5, 6\)"),
+        (
+            lambda: cross_entropy(logits(), hard_label(0, (2, 5, 7))),
+            ValueError,
+            r"cross_entropy: expected logits at the resol.*F.inter",
+        ),
+        (
+            lambda: brier(logits(), hard_label(0, (3, 5, 6))),
+            ValueError,
+            r"\(3, 'C', 5, 6\), got .*logits and label of the same images",
+        ),
+        (lambda: calibration_gap(logits(), hard_label().float()), ValueError, r"label: an int64 tensor \(N, H, W\)"),
         (lambda: calibration_gap(logits(), hard_label(), n_bins=0), ValueError, r"n_bins >= 1, got 0"),
         (lambda: CrossEntropyAndGap(gap_weight=-1.0), ValueError, r"gap_weight >= 0"),
     ],

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dacal_addon.mixing import class_mask, complement, cut_mask, mix, mixup_pairs
+from dacal_addon.mixing import blend_pairs, class_mask, complement, cut_mask, mix
 
 
 def generator(seed=0):
@@ -144,12 +144,12 @@ def test_randomness_comes_from_the_generator_alone():
         (lambda: cut_mask((1, 4, 4), generator=generator(), share=(0.6, 0.4)), ValueError, r"share\[1\] in \[share\[0\], 1\]"),
         (lambda: cut_mask((1, 0, 4), generator=generator()), ValueError, r"H of size >= 1, got 0"),
         (
-            lambda: mixup_pairs(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4).long(), generator=generator()),
+            lambda: blend_pairs(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4).long(), generator=generator()),
             ValueError,
-            r"mixup_pairs: expected at least 2 images, got 1; use a larger batch",
+            r"blend_pairs: expected at least 2 images, got 1; use a larger batch",
         ),
         (
-            lambda: mixup_pairs(torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4).long(), generator=generator(), share=1.5),
+            lambda: blend_pairs(torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4).long(), generator=generator(), share=1.5),
             ValueError,
             r"share in \[0, 1\], got 1.5",
         ),

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from torch import nn
 
-from dacal_addon import MetaTemperatureNet, TemperatureFit
-from dacal_addon.losses import brier
+from dacal_addon import MetaTemperatureNet, SoftPseudoLabeler, TemperatureFit
+from dacal_addon.learners import SkipKind
+from dacal_addon.learners.judged_sets import differing_blends
 
 
 def generator(seed=0):
@@ -49,6 +51,19 @@ class Teacher(nn.Module):
         return (logits, features) if self.with_features else logits
 
 
+def fit_of(net, optimizer, **options):
+    return TemperatureFit(SoftPseudoLabeler(net, weight="none"), meta_optimizer=optimizer, **options)
+
+
+def step(fit, teacher, label, *, image=IMAGE, logits=None, valid=None, **options):
+    """One call whose pseudo-labels are `label`; the source, of which the fit sees nothing, is the same images."""
+    if logits is None:
+        logits = 50.0 * torch.stack([(label == c).to(image.dtype) for c in range(4)], 1)
+    valid = label != 255 if valid is None else valid
+    source = torch.zeros(valid.shape, dtype=torch.int64)
+    return fit(image, source, image, logits, teacher=teacher, valid=valid, generator=generator(), **options)
+
+
 def labels_of(teacher):
     return copy.deepcopy(teacher).eval()(IMAGE).argmax(1)
 
@@ -61,7 +76,7 @@ def squares(z, y):
     return (torch.softmax(z, 1) - F.one_hot(y, z.shape[1])).pow(2).sum(1)
 
 
-@pytest.mark.parametrize(("options", "of"), [({}, likelihood), ({"loss": brier}, squares)])
+@pytest.mark.parametrize(("options", "of"), [({}, likelihood), ({"outer_loss": "brier"}, squares)])
 def test_one_temperature_comes_to_the_minimum_that_scipy_finds(options, of):
     teacher = Teacher().eval()
     label = labels_of(teacher)
@@ -83,8 +98,8 @@ def test_one_temperature_comes_to_the_minimum_that_scipy_finds(options, of):
     assert abs(best.x - 1) > 0.1
 
     net = OneTemperature()
-    fit = TemperatureFit(net, torch.optim.Adam([net.log], lr=0.05), **options)
-    losses = [fit(teacher, IMAGE, label, generator=generator()).loss for _ in range(400)]
+    fit = fit_of(net, torch.optim.Adam([net.log], lr=0.05), **options)
+    losses = [step(fit, teacher, label).outer_loss_before for _ in range(400)]
     assert losses[0] == pytest.approx(cost(1.0))
     assert losses[-1] == pytest.approx(best.fun, rel=1e-6)
     assert float(net.log.detach().exp()) == pytest.approx(best.x, rel=1e-3)
@@ -96,7 +111,7 @@ def test_leaves_nothing_behind_but_the_nets_parameters(training):
     before, state = copy.deepcopy(teacher.state_dict()), torch.get_rng_state()
     net = MetaTemperatureNet(4).double()
     untouched = copy.deepcopy(net.state_dict())
-    TemperatureFit(net, torch.optim.Adam(net.parameters(), lr=1e-2))(teacher, IMAGE, labels_of(teacher), generator=generator())
+    step(fit_of(net, torch.optim.Adam(net.parameters(), lr=1e-2)), teacher, labels_of(teacher))
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
     assert teacher.training == training
@@ -107,27 +122,29 @@ def test_leaves_nothing_behind_but_the_nets_parameters(training):
 def test_hands_the_teachers_features_on():
     teacher, net = Teacher(with_features=True).eval(), OneTemperature()
     label = labels_of(Teacher().eval())
-    TemperatureFit(net, torch.optim.SGD([net.log], lr=0.1), share=0.8)(teacher, IMAGE, label, generator=generator())
+    options = {"logits_of": lambda out: out[0], "features_of": lambda out: out[1]}
+    fit = fit_of(net, torch.optim.SGD([net.log], lr=0.1), judged_set=partial(differing_blends, share=0.8), **options)
+    step(fit, teacher, label)
     assert torch.equal(net.features, teacher(0.8 * IMAGE + (1 - 0.8) * IMAGE[[1, 0]])[1])
 
 
 def test_without_a_pair_of_different_labels_nothing_moves():
     teacher, net = Teacher(), OneTemperature()
     optimizer = torch.optim.Adam([net.log], lr=0.1)
-    fit = TemperatureFit(net, optimizer)
-    fit(teacher, IMAGE, labels_of(teacher), generator=generator())  # gives Adam a momentum
+    fit = fit_of(net, optimizer)
+    step(fit, teacher, labels_of(teacher))  # gives Adam a momentum
     moved = float(net.log.detach())
     assert moved != 0
-    result = fit(teacher, IMAGE, torch.full((2, 9, 11), 3), generator=generator())
-    assert result.skipped.startswith("no pixel is judged")
-    assert result.loss != result.loss
+    result = step(fit, teacher, torch.full((2, 9, 11), 3))
+    assert result.skipped.kind is SkipKind.UNJUDGED
+    assert math.isnan(result.outer_loss_before)
     assert float(net.log.detach()) == moved
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_are_not_finite_do_not_spoil_the_net(bad):
     net = MetaTemperatureNet(4).double()
-    fit = TemperatureFit(net, torch.optim.Adam(net.parameters(), lr=0.1))
+    fit = fit_of(net, torch.optim.Adam(net.parameters(), lr=0.1))
     label = labels_of(Teacher())
     untouched = copy.deepcopy(net.state_dict())
 
@@ -136,22 +153,26 @@ def test_logits_that_are_not_finite_do_not_spoil_the_net(bad):
         logits[0, 2, 4, 5] = bad
         return logits
 
-    result = fit(teacher, IMAGE, label.fill_(0).index_fill_(0, torch.tensor([1]), 1), generator=generator())
-    assert result.skipped.startswith("loss or its gradient is not finite")
+    label = label.fill_(0).index_fill_(0, torch.tensor([1]), 1)
+    result = step(fit, teacher, label)
+    assert result.skipped.kind is SkipKind.NOT_FINITE
+    assert str(result.skipped).startswith("the loss on the judged set is not finite: " if math.isnan(bad) else "the ")
+    skipped = fit(IMAGE, label, IMAGE, teacher=teacher, generator=generator()).skipped
+    assert skipped == (SkipKind.NOT_FINITE, "the teacher's logits are not finite")
     assert all(torch.equal(value, untouched[name]) for name, value in net.state_dict().items())
 
 
 def test_a_class_masked_out_counts_as_one_that_nobody_expects():
     def fitted(far):
         net = MetaTemperatureNet(4).double()
-        fit = TemperatureFit(net, torch.optim.SGD(net.parameters(), lr=0.1))
+        fit = fit_of(net, torch.optim.SGD(net.parameters(), lr=0.1))
 
         def teacher(image):
             logits = Teacher().eval()(image).detach()
             logits[:, 3] = far
             return logits
 
-        results = [fit(teacher, IMAGE, teacher(IMAGE).argmax(1), generator=generator()) for _ in range(3)]
+        results = [step(fit, teacher, None, logits=teacher(IMAGE), valid=torch.ones(2, 9, 11).bool()) for _ in range(3)]
         assert all(result.skipped is None for result in results)
         return torch.stack([parameter.detach().norm() for parameter in net.parameters()])
 
@@ -170,9 +191,9 @@ def test_a_teacher_that_raises_leaves_nothing_behind():
 
     teacher, net = Broken().train(), MetaTemperatureNet(4).double()
     before, state = copy.deepcopy([teacher.state_dict(), net.state_dict()]), torch.get_rng_state()
-    fit = TemperatureFit(net, torch.optim.Adam(net.parameters(), lr=0.1))
+    fit = fit_of(net, torch.optim.Adam(net.parameters(), lr=0.1))
     with pytest.raises(ArithmeticError):
-        fit(teacher, IMAGE, labels_of(Teacher()), generator=generator())
+        step(fit, teacher, labels_of(Teacher()))
     after = [teacher.state_dict(), net.state_dict()]
     assert all(torch.equal(value, one[name]) for one, other in zip(before, after) for name, value in other.items())
     assert torch.equal(torch.get_rng_state(), state)
@@ -182,8 +203,8 @@ def test_a_teacher_that_raises_leaves_nothing_behind():
 def test_a_frozen_part_of_the_net_stays_as_it_is():
     net = MetaTemperatureNet(4).double()
     net.last.bias.requires_grad_(False)
-    fit = TemperatureFit(net, torch.optim.SGD(net.parameters(), lr=0.1))
-    assert fit(Teacher(), IMAGE, labels_of(Teacher()), generator=generator()).skipped is None
+    fit = fit_of(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    assert step(fit, Teacher(), labels_of(Teacher())).skipped is None
     assert float(net.last.bias) == 0
     assert float(net.last.weight.detach().abs().sum()) > 0
 
@@ -191,25 +212,28 @@ def test_a_frozen_part_of_the_net_stays_as_it_is():
 def test_an_optimizer_of_the_student_is_refused():
     student, net = nn.Conv2d(3, 4, 1), MetaTemperatureNet(4)
     for parameters in (student.parameters(), [*student.parameters(), *net.parameters()], [net.last.bias]):
-        message = "TemperatureFit: expected optimizer to own the trainable parameters of temperature_net and no others, got"
+        message = (
+            "TemperatureFit: expected meta_optimizer to own the trainable parameters of labeler.temperature_net and no others"
+        )
         with pytest.raises(ValueError, match=message):
-            TemperatureFit(net, torch.optim.SGD(parameters, lr=0.1))
+            fit_of(net, torch.optim.SGD(parameters, lr=0.1))
 
 
-@pytest.mark.parametrize(
-    ("image", "label", "message"),
-    [
-        (IMAGE[:1], torch.zeros(1, 9, 11).long(), "expected at least 2 target images, got 1"),
-        (IMAGE[0], torch.zeros(9, 11).long(), r"expected target_image: a floating tensor \(N, K, H, W\), got"),
-        (IMAGE, torch.zeros(2, 11, 9).long(), r"expected pseudo_label: an int64 tensor \(2, 9, 11\) of class"),
-        (IMAGE, torch.arange(2).view(2, 1, 1).repeat(1, 9, 11) + 3, "expected pseudo_label: classes 0..3 or ignore_index=255"),
-    ],
-)
-def test_what_does_not_fit_is_said_before_the_net_moves(image, label, message):
+def test_a_batch_without_a_partner_or_a_teacher_is_refused_before_the_net_moves():
     net = MetaTemperatureNet(4).double()
     untouched = copy.deepcopy(net.state_dict())
-    with pytest.raises(ValueError, match=f"TemperatureFit: {message}"):
-        TemperatureFit(net, torch.optim.SGD(net.parameters(), lr=0.1))(Teacher(), image, label, generator=generator())
+    label = torch.zeros(2, 9, 11).long()
+    for warmup in (0, 9):
+        fit = fit_of(net, torch.optim.SGD(net.parameters(), lr=0.1), warmup=warmup)
+        with pytest.raises(ValueError, match="target_blends: expected at least 2 target images to blend, got 1; use a larger"):
+            step(fit, Teacher(), label[:1], image=IMAGE[:1])
+    fit = fit_of(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match="TemperatureFit: expected teacher, got its logits alone; pass teacher=teacher"):
+        step(fit, None, label)
+    with pytest.raises(ValueError, match=r"TemperatureFit: expected backward=False \(it has no student to train\), got True"):
+        fit_of(net, torch.optim.SGD(net.parameters(), lr=0.1), warmup=1)(
+            IMAGE, label, IMAGE, teacher=Teacher(), backward=True, generator=generator()
+        )
     assert all(torch.equal(value, untouched[name]) for name, value in net.state_dict().items())
 
 
@@ -225,17 +249,10 @@ def test_teaches_a_net_to_doubt_what_blends_get_wrong():
 
     label = torch.randint(0, 4, (2, 8, 8), generator=generator(2))
     net = MetaTemperatureNet(4)
-    fit = TemperatureFit(net, torch.optim.Adam(net.parameters(), lr=1e-2))
+    fit = fit_of(net, torch.optim.Adam(net.parameters(), lr=1e-2))
     for _ in range(150):
-        fit(teacher, IMAGE.float()[..., :8, :8], label, generator=generator())
+        step(fit, teacher, label, image=IMAGE.float()[..., :8, :8])
     with torch.no_grad():
         temperature = net(teacher(None))
     assert float(temperature[sure].mean()) < 0.7
     assert float(temperature[~sure].mean()) > 1.5
-
-
-@pytest.mark.parametrize("share", [0.4, 1.1])
-def test_the_dominant_image_must_dominate(share):
-    net = OneTemperature()
-    with pytest.raises(ValueError, match=r"TemperatureFit: expected share in \[0.5, 1\], got"):
-        TemperatureFit(net, torch.optim.SGD([net.log], lr=0.1), share=share)

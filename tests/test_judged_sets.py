@@ -1,8 +1,14 @@
 import pytest
 import torch
 
+from dacal_addon.learners.judged_sets import (
+    DomainBatch,
+    differing_blends,
+    source_and_target_pixels,
+    source_pixels,
+    target_blends,
+)
 from dacal_addon.mixing import class_mask
-from dacal_addon.outer_sets import DomainBatch, source_and_target_pixels, source_pixels, target_mixup
 
 
 def generator(seed=0):
@@ -48,8 +54,8 @@ def test_source_pixels_judges_by_ground_truth_alone(batch):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_mixup_blends_each_image_with_another_one(batch, seed):
-    outer = target_mixup(batch, generator=generator(seed), share=0.65)
+def test_blends_blends_each_image_with_another_one(batch, seed):
+    outer = target_blends(batch, generator=generator(seed), share=0.65)
     other = (outer.image - 0.65 * batch.target_image) / 0.35
     for i in range(3):
         matches = [torch.allclose(other[i], batch.target_image[j], atol=1e-5) for j in range(3)]
@@ -60,9 +66,9 @@ def test_mixup_blends_each_image_with_another_one(batch, seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_mixup_can_judge_only_where_the_two_labels_differ(batch, seed):
+def test_blends_can_judge_only_where_the_two_labels_differ(batch, seed):
     """Which image was blended in is read off the pixels."""
-    outer = target_mixup(batch, generator=generator(seed), share=0.65, differing=True)
+    outer = target_blends(batch, generator=generator(seed), share=0.65, differing=True)
     other = (outer.image - 0.65 * batch.target_image) / 0.35
     usable = batch.pseudo_label.masked_fill(batch.weight == 0, 255)
     for i in range(3):
@@ -72,7 +78,16 @@ def test_mixup_can_judge_only_where_the_two_labels_differ(batch, seed):
         assert 0 < int(differs.sum()) < differs.numel()
 
 
-def test_mixup_needs_two_images(batch):
+def test_differing_blends_are_the_same_with_every_judged_pixel_alike(batch):
+    blends = target_blends(batch, generator=generator(3), differing=True)
+    alike = differing_blends(batch, generator=generator(3))
+    assert torch.equal(alike.image, blends.image)
+    assert torch.equal(alike.label, blends.label)
+    assert bool((alike.weight == 1).all())
+    assert torch.equal(blends.weight, batch.weight)
+
+
+def test_blends_needs_two_images(batch):
     one = DomainBatch(*(value[:1] if isinstance(value, torch.Tensor) else value for value in batch))
-    with pytest.raises(ValueError, match="expected at least 2 target images, got 1"):
-        target_mixup(one, generator=generator())
+    with pytest.raises(ValueError, match="expected at least 2 target images to blend, got 1"):
+        target_blends(one, generator=generator())

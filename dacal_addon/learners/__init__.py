@@ -1,0 +1,36 @@
+"""Whatever learns temperatures: one constructor, one call an iteration, one result, one state.
+
+`learner` is the contract and what all share, `skips` says when a learner acts and why it did not, `networks` reads what teacher
+and student return, `judged_sets` are the images that show how good temperatures are; `temperature_fit` and `bilevel` are the
+learners.
+"""
+
+from typing import Dict, Type
+
+from .bilevel import BilevelCalibrationStep
+from .judged_sets import JUDGED_SETS, DomainBatch, JudgedBatch, JudgedSet
+from .learner import CalibrationStepResult, Defaults, Iteration, Learned, Learner
+from .skips import Skip, SkipKind
+from .temperature_fit import TemperatureFit
+
+LEARNERS: Dict[str, Type[Learner]] = {"fit": TemperatureFit, "bilevel": BilevelCalibrationStep}
+DEFAULT_LEARNER = "fit"
+"""Of the front door and of the hosts."""
+
+__all__ = [
+    "DEFAULT_LEARNER",
+    "JUDGED_SETS",
+    "LEARNERS",
+    "BilevelCalibrationStep",
+    "CalibrationStepResult",
+    "Defaults",
+    "DomainBatch",
+    "Iteration",
+    "JudgedBatch",
+    "JudgedSet",
+    "Learned",
+    "Learner",
+    "Skip",
+    "SkipKind",
+    "TemperatureFit",
+]

@@ -1,0 +1,121 @@
+"""Judged sets: images with labels on which the student (bilevel step) or the teacher (fit) is judged.
+
+A judged set is any function `(DomainBatch, *, generator) -> JudgedBatch`; those in `JUDGED_SETS` are built in. What it should
+look like is the open question of the method.
+"""
+
+from typing import Dict, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .._check import problem
+from ..mixing import blend_pairs, complement, mix
+
+
+class DomainBatch(NamedTuple):
+    """What one iteration knows: N images of each domain and the mask of the mixed image."""
+
+    source_image: Tensor
+    """(N, K, H, W) floating."""
+    source_label: Tensor
+    """(N, H, W) int64, `ignore_index` where unlabelled."""
+    target_image: Tensor
+    """(N, K, H, W) floating, as the network sees it that is judged."""
+    pseudo_label: Tensor
+    """(N, H, W) int64: the teacher's argmax on the target, `ignore_index` on padding."""
+    weight: Tensor
+    """(N, H, W) floating: the pseudo-labels' weights, 0 where they must not be used."""
+    mask: Tensor
+    """(N, 1, H, W) bool, True = source pixel of the mixed image."""
+    ignore_index: int
+
+
+class JudgedBatch(NamedTuple):
+    """Images, and what is known of them."""
+
+    image: Tensor
+    """(N, K, H, W) floating."""
+    label: Tensor
+    """(N, H, W) int64, `ignore_index` where a pixel is not judged."""
+    weight: Tensor
+    """(N, H, W) floating."""
+
+
+class JudgedSet(Protocol):
+    """A function of the batch; what it draws comes from `generator`."""
+
+    def __call__(self, batch: DomainBatch, *, generator: torch.Generator) -> JudgedBatch: ...
+
+
+def source_pixels(batch: DomainBatch, *, generator: torch.Generator) -> JudgedBatch:
+    """The complementary mix, judged by the ground truth of its source pixels; its target pixels are only context.
+
+    Everything that is judged has a true label, in surroundings that are half the target's.
+    """
+    judged = source_and_target_pixels(batch, generator=generator)
+    return judged._replace(label=judged.label.masked_fill(batch.mask[:, 0], batch.ignore_index))
+
+
+def source_and_target_pixels(batch: DomainBatch, *, generator: torch.Generator) -> JudgedBatch:
+    """The complementary mix, judged by ground truth on source pixels and the teacher's hard label on target pixels.
+
+    No target pixel is judged by the label it was trained with in the same step: the inner mix shows the other ones.
+
+    Source: DA-Cal (arXiv 2602.20860), complementary domain mixing.
+    """
+    mask = complement(batch.mask)
+    return JudgedBatch(
+        image=mix(mask, batch.source_image, batch.target_image),
+        label=mix(mask, batch.source_label, usable(batch)),
+        weight=mix(mask, torch.ones_like(batch.weight), batch.weight),
+    )
+
+
+def target_blends(
+    batch: DomainBatch, *, generator: torch.Generator, share: float = 0.65, differing: bool = False
+) -> JudgedBatch:
+    """Pairs of target images, blended `share` to 1 - `share`, judged by the hard label of the dominant one.
+
+    A network's accuracy on such blends, measured by these labels, resembles its accuracy on the target, measured by true
+    ones (PseudoCal, Hu et al., ICML 2024). Needs at least two target images.
+
+    Args:
+        share: of the dominant image.
+        differing: judge only where the two labels differ.
+    """
+    n = batch.target_image.shape[0]
+    if n < 2:
+        remedy = "use a larger batch or another judged set"
+        raise problem("target_blends", expected="at least 2 target images to blend", got=f"{n}", remedy=remedy)
+    image, label = blend_pairs(
+        batch.target_image,
+        usable(batch),
+        generator=generator,
+        share=share,
+        differing=differing,
+        ignore_index=batch.ignore_index,
+    )
+    return JudgedBatch(image, label, batch.weight)
+
+
+def differing_blends(batch: DomainBatch, *, generator: torch.Generator, share: float = 0.65) -> JudgedBatch:
+    """`target_blends`, judged only where the two labels differ, and every such pixel alike.
+
+    Source: PseudoCal (Hu et al., ICML 2024), its cross-cluster rule.
+    """
+    judged = target_blends(batch, generator=generator, share=share, differing=True)
+    return judged._replace(weight=torch.ones_like(judged.weight))
+
+
+def usable(batch: DomainBatch) -> Tensor:
+    """The pseudo-labels, `ignore_index` where their weight is 0: they count neither in the loss nor in its mean."""
+    return batch.pseudo_label.masked_fill(batch.weight == 0, batch.ignore_index)
+
+
+JUDGED_SETS: Dict[str, JudgedSet] = {
+    "source_and_target_pixels": source_and_target_pixels,
+    "source_pixels": source_pixels,
+    "target_blends": target_blends,
+    "differing_blends": differing_blends,
+}

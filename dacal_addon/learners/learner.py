@@ -1,0 +1,454 @@
+"""What every learner of temperatures shares: one constructor, one call an iteration, one result, one state.
+
+A learner says in `gradient` which way the temperature net should go; everything around it is here. To add one, write a file
+with a subclass of `Learner` (`CONTRIBUTING.md`).
+"""
+
+import math
+from abc import ABC, abstractmethod
+from functools import partial
+from typing import Any, Callable, ClassVar, Dict, List, Mapping, NamedTuple, Optional, Sequence, Type, TypeVar, Union
+
+import torch
+from torch import Tensor, nn
+
+from .._check import (
+    check_choice,
+    check_classes,
+    check_image,
+    check_label,
+    check_number,
+    check_owner,
+    check_tensor,
+    describe,
+    problem,
+)
+from ..losses import OUTER_LOSSES, OuterLoss, is_mean_over_labelled
+from ..mixing import class_mask, mix
+from ..preserve import preserved
+from ..pseudo_labels import SoftPseudoLabeler, SoftPseudoLabels
+from ..ranks import Ranks
+from .judged_sets import JUDGED_SETS, DomainBatch, JudgedBatch, JudgedSet
+from .networks import Network, Outputs, at_size
+from .skips import Skip, SkipKind, waiting
+
+_Self = TypeVar("_Self", bound="Learner")
+
+
+class CalibrationStepResult(NamedTuple):
+    """What one call of a learner did, as plain numbers for a log; NaN where a figure was not computed."""
+
+    outer_loss_before: float = math.nan
+    """Loss on the judged set: of the live student (bilevel step), of the temperatures before their step (fit)."""
+    outer_loss_after: float = math.nan
+    """The same after the student's virtual step (bilevel step)."""
+    temperature_mean: float = math.nan
+    """Over the pixels that the step's temperatures were for: the target images of the batch (bilevel step), the judged images
+    (fit); likewise `temperature_min`, `temperature_max`."""
+    temperature_min: float = math.nan
+    temperature_max: float = math.nan
+    hypergradient_norm: float = math.nan
+    """Euclidean norm of the gradient over all parameters of the temperature net."""
+    engine: str = ""
+    """The engine that computed the hypergradient (bilevel step); of interest with "auto"."""
+    skipped: Optional[Skip] = None
+    """Why the temperature net was left as it was; None if it was updated."""
+    inner_loss: float = math.nan
+    """The loss on the mixed images, with which `backward=True` has trained the student."""
+
+
+class Iteration(NamedTuple):
+    """What a learner knows at an iteration at which it learns."""
+
+    batch: DomainBatch
+    teacher_logits: Tensor
+    """(N, C, H, W), of the target images."""
+    label: Callable[[], SoftPseudoLabels]
+    """Labels the target images with the temperatures as they are; with gradient, unless under `no_grad`."""
+    teacher: Optional[Network]
+    """None where only its logits were passed."""
+    backward: bool
+    """Whether to do the host's pass over the mixed images too."""
+    generator: torch.Generator
+    ranks: Ranks
+
+
+class Learned(NamedTuple):
+    """What a learner found out: the gradient of the temperature net, and figures for the log."""
+
+    grads: Sequence[Optional[Tensor]]
+    """One a trainable parameter of the temperature net, the same on every rank."""
+    temperature: Tensor
+    """The temperatures that were used, any shape."""
+    outer_loss_before: float
+    outer_loss_after: float = math.nan
+    engine: str = ""
+    inner_loss: float = math.nan
+    measured_before: bool = True
+    """Whether `outer_loss_before` means anything."""
+    no_step: bool = False
+    """Whether a gradient of zero comes from a student that does not move."""
+
+
+class Defaults(NamedTuple):
+    """What a kind of learner works best with, where its user does not say."""
+
+    judged_set: str
+    outer_loss: str = "cross_entropy"
+    warmup: int = 0
+    learning_rate: float = 1e-3
+    """Of Adam as `meta_optimizer`."""
+    net_options: Mapping[str, Any] = {}
+    """Of the `MetaTemperatureNet`."""
+
+
+class Learner(ABC):
+    """Learns the temperatures of a labeler, one step of its optimizer per call.
+
+    Call it once per iteration, before the host labels the target images. A learner changes the temperature net and the state of
+    `meta_optimizer`, and nothing else: `.grad` is None before and after, networks, other optimizers and global random states
+    are bit for bit as before (but for what `backward=True` asks for, and a teacher that is asked for its labels, which is the
+    host's own pass).
+
+    Gradient: reaches the temperature net alone. Also under `torch.no_grad`.
+
+    Under `torch.distributed` every rank calls it with its part of the batch, and all temperature nets stay the same, to the
+    bit: the first call broadcasts the first rank's, and the built-in losses are means over the judged pixels of all ranks (the
+    calibration gap is each rank's own; losses of the host's own count as equal parts).
+
+    Args (None: what `defaults` of the kind of learner says):
+        labeler: its `temperature_net` is what learns; its weights say which target pixels may be used.
+        meta_optimizer: owns the parameters of `labeler.temperature_net`, and nothing else.
+        judged_set: what shows how good the temperatures are: a name in `JUDGED_SETS`, or a function
+            `(DomainBatch, *, generator) -> JudgedBatch`.
+        outer_loss: how it is judged: a name in `dacal_addon.losses.OUTER_LOSSES`, or a function
+            `(logits, label, weight, *, ignore_index) -> scalar`.
+        logits_of: takes the logits out of what teacher and student return, if that is not a tensor, e.g.
+            `lambda out: out["out"]`. Logits of a lower resolution are interpolated to the labels'.
+        features_of: takes the features out of what the teacher returns, for a temperature net with `feature_channels`.
+        every: learn at every k-th iteration after the warm-up.
+        warmup: iterations before the first one at which to learn.
+        ignore_index: of source labels; pixels that neither train nor judge. May be a class.
+        process_group: the ranks that share a batch; None for all.
+        generator: for masks, and judged sets that draw, where a call is given none; by default one with seed 0. Part of the
+            state.
+
+    Raises:
+        ValueError: a `meta_optimizer` that owns other parameters than the temperature net's; options out of range.
+        TypeError: a labeler without a net.
+    """
+
+    defaults: ClassVar[Defaults]
+    judges_teacher: ClassVar[bool] = False
+    """Whether the judged set is for the teacher, which sees `teacher_image`."""
+
+    def __init__(
+        self,
+        labeler: SoftPseudoLabeler,
+        *,
+        meta_optimizer: torch.optim.Optimizer,
+        judged_set: Union[str, JudgedSet, None] = None,
+        outer_loss: Union[str, OuterLoss, None] = None,
+        logits_of: Optional[Callable[[Any], Tensor]] = None,
+        features_of: Optional[Callable[[Any], Tensor]] = None,
+        every: int = 1,
+        warmup: Optional[int] = None,
+        ignore_index: int = 255,
+        process_group: Any = None,
+        generator: Optional[torch.Generator] = None,
+    ) -> None:
+        name = self._name
+        warmup = self.defaults.warmup if warmup is None else warmup
+        judged_set = self.defaults.judged_set if judged_set is None else judged_set
+        outer_loss = self.defaults.outer_loss if outer_loss is None else outer_loss
+        check_number(name, "warmup", warmup, low=0, rule=">= 0 iterations")
+        check_number(name, "every", every, low=1, rule=">= 1")
+        if isinstance(judged_set, str):
+            check_choice(name, "judged_set", judged_set, tuple(JUDGED_SETS))
+        if isinstance(outer_loss, str):
+            check_choice(name, "outer_loss", outer_loss, tuple(OUTER_LOSSES))
+        net = getattr(labeler, "temperature_net", None)
+        if not isinstance(net, nn.Module):
+            expected = "labeler: a SoftPseudoLabeler whose temperature_net is a torch.nn.Module to train"
+            got = f"{describe(labeler)} with {describe(net)}" if isinstance(labeler, SoftPseudoLabeler) else describe(labeler)
+            remedy = "SoftPseudoLabeler(MetaTemperatureNet(num_classes))"
+            raise problem(name, expected=expected, got=got, remedy=remedy, error=TypeError)
+        self._parameters = check_owner(name, "meta_optimizer", meta_optimizer, net, of="labeler.temperature_net")
+        self.labeler = labeler
+        self.temperature_net = net
+        self.meta_optimizer = meta_optimizer
+        self.judged_set: JudgedSet = JUDGED_SETS[judged_set] if isinstance(judged_set, str) else judged_set
+        self.outer_loss: OuterLoss = OUTER_LOSSES[outer_loss] if isinstance(outer_loss, str) else outer_loss
+        self.outputs = Outputs(logits_of, features_of)
+        self.every = every
+        self.warmup = warmup
+        self.ignore_index = ignore_index
+        self.process_group = process_group
+        self.generator = generator if generator is not None else torch.Generator().manual_seed(0)
+        self.iteration = 0
+        self._called = False
+
+    @classmethod
+    def for_loop(
+        cls: Type[_Self],
+        labeler: SoftPseudoLabeler,
+        *,
+        student: nn.Module,
+        optimizer: Optional[torch.optim.Optimizer],
+        meta_optimizer: torch.optim.Optimizer,
+        **options: Any,
+    ) -> _Self:
+        """A learner of this kind from what every training loop has; `options` are those of its constructor."""
+        return cls(labeler, meta_optimizer=meta_optimizer, **options)
+
+    @abstractmethod
+    def gradient(self, iteration: Iteration) -> Union[Learned, Skip]:
+        """Which way the temperature net should go, or why that cannot be said. Called with gradients enabled."""
+
+    def use_optimizer(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027  # most learners have no use for it
+        """Take this one for the student's, where it was not known before; a learner that needs none goes on without."""
+
+    def train_student(self, iteration: Iteration) -> float:
+        """At an iteration without a step: the host's pass over the mixed images, for `backward=True`; returns its loss."""
+        remedy = "do the pass over the mixed images yourself, or take BilevelCalibrationStep"
+        raise problem(self._name, expected="backward=False (it has no student to train)", got="True", remedy=remedy)
+
+    def __call__(
+        self,
+        source_image: Tensor,
+        source_label: Tensor,
+        target_image: Tensor,
+        teacher_logits: Optional[Tensor] = None,
+        *,
+        teacher: Optional[Network] = None,
+        teacher_features: Optional[Tensor] = None,
+        teacher_image: Optional[Tensor] = None,
+        mask: Optional[Tensor] = None,
+        valid: Optional[Tensor] = None,
+        backward: bool = False,
+        generator: Optional[torch.Generator] = None,
+    ) -> CalibrationStepResult:
+        """Count one iteration and, unless in warm-up or between two `every`, take one step of the temperature net.
+
+        Args:
+            source_image, target_image: (N, K, H, W), floating, as the student sees them.
+            source_label: (N, H, W) int64.
+            teacher_logits: (N, C, h, w): what the teacher says of the target images. None: `teacher` is asked.
+            teacher: the network itself; needed where it is asked about further images (`TemperatureFit`).
+            teacher_features: (N, F, h, w) beside `teacher_logits`, for a temperature net with `feature_channels`.
+            teacher_image: the target images as the teacher sees them, where that is another view of the same pixels.
+            mask: (N, 1, H, W) bool, True = source pixel: the mask with which the host will mix. Drawn by `class_mask` if not
+                given.
+            valid: (N, H, W) bool, False on the target's padding.
+            backward: also train (`BilevelCalibrationStep` alone): add the gradient of the loss on the mixed images, with the
+                labels of this call's temperatures, to `.grad` of the student's parameters, and leave buffers and random states
+                as that pass leaves them. At every iteration, whether the temperatures learn or not; the host does its source
+                loss and the optimizer's step.
+            generator: for the mask and judged sets that draw; by default the learner's own.
+
+        Raises:
+            ValueError, TypeError: tensors that do not fit each other; nothing has changed then.
+            RuntimeError: called under `torch.inference_mode`.
+        """
+        self._check_batch(source_image, source_label, target_image, teacher_image)
+        skip = waiting(self.iteration, warmup=self.warmup, every=self.every)
+        if skip is not None and self._called and not backward:
+            return self._counted(skip)
+        seen = target_image if teacher_image is None else teacher_image
+        if teacher_logits is None:
+            teacher_logits, teacher_features = self.ask_teacher(teacher, seen)
+        logits = self._checked_logits(source_label, teacher_logits)
+        # A first call in the warm-up only looks whether the batch fits: it draws nothing that a later one would have drawn.
+        draw = generator or self.generator if skip is None or backward else torch.Generator().manual_seed(0)
+        if mask is None:
+            mask = class_mask(source_label, generator=draw, ignore_index=self.ignore_index)
+        mix(mask, source_label, source_label)  # for its checks
+        pseudo_label, weight = self.labeler.hard_labels(logits, valid=valid, ignore_index=self.ignore_index)
+        image = seen if self.judges_teacher else target_image
+        iteration = Iteration(
+            DomainBatch(source_image, source_label, image, pseudo_label, weight, mask, self.ignore_index),
+            logits,
+            partial(self.labeler, logits, features=teacher_features, valid=valid, ignore_index=self.ignore_index),
+            teacher,
+            backward,
+            draw,
+            self.ranks(),
+        )
+        if not self._called:
+            self._meet(iteration)
+        skip = skip or self._useless(iteration)
+        with torch.enable_grad():
+            learned = skip or self.gradient(iteration)
+            if isinstance(learned, Learned):
+                return self._descend(learned)
+            return self._counted(learned, inner_loss=self.train_student(iteration) if backward else math.nan)
+
+    def ask_teacher(self, teacher: Optional[Network], image: Tensor) -> Any:
+        """(logits, features or None) of the target images: the pass that the host would make."""
+        if teacher is None:
+            remedy = "pass teacher_logits=teacher(target_image), or teacher=teacher"
+            raise problem(self._name, expected="teacher_logits or teacher", got="neither", remedy=remedy, error=TypeError)
+        with torch.no_grad():
+            output = teacher(image)
+        size = (image.shape[-2], image.shape[-1])
+        return self.outputs.logits(self._name, output, size), self.outputs.features(self._name, output)
+
+    def to(self, device: Union[torch.device, str]) -> None:
+        """Move the temperature net, and the state of its optimizer, which does not follow by itself."""
+        self.temperature_net.to(device)
+        self.meta_optimizer.load_state_dict(self.meta_optimizer.state_dict())
+
+    def ranks(self) -> Ranks:
+        """The processes that share a batch."""
+        return Ranks(self.process_group)
+
+    def judged_weight(self, ranks: Ranks, judged: JudgedBatch) -> Tensor:
+        """The weights of judged pixels with which the ranks' losses average to that of one process."""
+        if not is_mean_over_labelled(self.outer_loss):
+            return judged.weight
+        return mean_over_all(ranks, judged.weight, judged.label != self.ignore_index)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Everything that a resumed run needs: temperature net, its optimizer, generator, counter."""
+        return {
+            "iteration": self.iteration,
+            "temperature_net": self.temperature_net.state_dict(),
+            "meta_optimizer": self.meta_optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken.
+
+        Raises:
+            ValueError: something is missing, or another net's; nothing has changed then.
+        """
+        missing = {"iteration", "temperature_net", "meta_optimizer", "generator"} - set(state)
+        if missing:
+            expected = f"the result of {self._name}.state_dict()"
+            got = f"a dict without {', '.join(sorted(missing))}"
+            raise problem(self._name, expected=expected, got=got, remedy="load another checkpoint")
+        own = {name: tuple(value.shape) for name, value in self.temperature_net.state_dict().items()}
+        theirs = {name: tuple(value.shape) for name, value in state["temperature_net"].items()}
+        if own != theirs:
+            name = sorted(name for name in {**own, **theirs} if own.get(name) != theirs.get(name))[0]
+            raise problem(
+                self._name,
+                expected=f"the state of a temperature net with {name} of shape {own.get(name, 'none')}",
+                got=f"{theirs.get(name, 'none')}",
+                remedy="resume with the learner, the net and the classes that it was written with",
+            )
+        self.temperature_net.load_state_dict(state["temperature_net"])
+        self.meta_optimizer.load_state_dict(state["meta_optimizer"])
+        self.generator.set_state(state["generator"].cpu())  # map_location may have moved it
+        self.iteration = state["iteration"]
+
+    @property
+    def _name(self) -> str:
+        """For messages."""
+        return type(self).__name__
+
+    def _counted(self, skip: Optional[Skip], **figures: Any) -> CalibrationStepResult:
+        self.iteration += 1
+        return CalibrationStepResult(skipped=skip, **figures)
+
+    def _meet(self, iteration: Iteration) -> None:
+        """At the first call: one temperature net for all ranks; and what does not fit is found before the warm-up ends."""
+        iteration.ranks.broadcast([*self.temperature_net.parameters(), *self.temperature_net.buffers()])
+        with torch.no_grad(), preserved(self.temperature_net):
+            iteration.label()
+        self.judged_set(iteration.batch, generator=torch.Generator().manual_seed(0))
+        self._called = True
+
+    def _useless(self, iteration: Iteration) -> Optional[Skip]:
+        """Why nothing can be learned from what the teacher says. All ranks decide alike."""
+        weight, ranks = iteration.batch.weight, iteration.ranks
+        # -inf is a class that is masked out.
+        if ranks.anywhere(not bool((iteration.teacher_logits < math.inf).all()), like=weight):
+            return Skip(SkipKind.NOT_FINITE, "the teacher's logits are not finite")
+        if not ranks.anywhere(bool((weight > 0).any()), like=weight):
+            message = "every target pixel has the weight 0: no confidence reaches the labeler's threshold, or nothing is valid"
+            return Skip(SkipKind.UNWEIGHTED, message)
+        return None
+
+    def _descend(self, learned: Learned) -> CalibrationStepResult:
+        """One step of the optimizer along a gradient, unless it is no use."""
+        norm = math.sqrt(sum(float(grad.double().pow(2).sum()) for grad in learned.grads if grad is not None))
+        before, after = learned.outer_loss_before, learned.outer_loss_after
+        skip = None
+        figures = {"before": before} if learned.measured_before else {}
+        figures.update({"after the virtual step": after} if learned.engine else {})
+        if not all(map(math.isfinite, figures.values())):
+            found = ", ".join(f"{loss} {when}" for when, loss in figures.items())
+            skip = Skip(SkipKind.NOT_FINITE, f"the loss on the judged set is not finite: {found}")
+        elif not math.isfinite(norm):
+            skip = Skip(SkipKind.NOT_FINITE, "the temperature net's gradient is not finite")
+        elif norm == 0.0 and learned.no_step:
+            skip = Skip(SkipKind.NO_STEP, "the student's learning rate is 0: its virtual step leads nowhere")
+        elif norm == 0.0:  # Adam would move on by its momentum
+            message = "the temperature net's gradient is zero: no weighted target pixel is in the mix, or no pixel is judged"
+            skip = Skip(SkipKind.ZERO, message)
+        else:
+            self._guarded_step(learned.grads)
+        used = learned.temperature.detach()
+        return self._counted(
+            skip,
+            outer_loss_before=before,
+            outer_loss_after=after,
+            temperature_mean=float(used.mean()),
+            temperature_min=float(used.min()),
+            temperature_max=float(used.max()),
+            hypergradient_norm=norm,
+            engine=learned.engine,
+            inner_loss=learned.inner_loss,
+        )
+
+    def _guarded_step(self, grads: Sequence[Optional[Tensor]]) -> None:
+        # .grad is None outside these lines: a host whose optimizer owns every parameter of its module must not see it.
+        try:
+            for parameter, grad in zip(self._parameters, grads):
+                parameter.grad = grad
+            self.meta_optimizer.step()
+        finally:
+            for parameter in self._parameters:
+                parameter.grad = None
+
+    def _check_batch(self, source_image: Any, source_label: Any, target_image: Any, teacher_image: Any) -> None:
+        name = self._name
+        if getattr(torch, "is_inference_mode_enabled", bool)():  # torch >= 1.9
+            remedy = "call it outside; a teacher's logits that were made inside will do"
+            expected = "gradients that can be enabled"
+            raise problem(name, expected=expected, got="torch.inference_mode", remedy=remedy, error=RuntimeError)
+        images: List[Any] = [("source_image", source_image), ("target_image", target_image)]
+        images += [] if teacher_image is None else [("teacher_image", teacher_image)]
+        for what, image in images:
+            check_image(name, what, image)
+            if image.shape != source_image.shape:
+                expected = "source and target images of one shape"
+                got = f"source_image {tuple(source_image.shape)} and {what} {tuple(image.shape)}"
+                raise problem(name, expected=expected, got=got, remedy="crop both domains to one size and batch")
+        n, _, h, w = source_image.shape
+        check_label(name, "source_label", source_label, shape=(n, h, w))
+
+    def _checked_logits(self, source_label: Tensor, teacher_logits: Any) -> Tensor:
+        """The teacher's logits at the resolution of the labels."""
+        remedy = "pass teacher=teacher, the network, and logits_of for what it returns"
+        expected = "teacher_logits: a floating tensor (N, C, H, W) or of a lower resolution"
+        check_tensor(self._name, "teacher_logits", teacher_logits, expected=expected, remedy=remedy)
+        if len(teacher_logits) != len(source_label):
+            expected = f"teacher_logits of {len(source_label)} images"
+            raise problem(
+                self._name, expected=expected, got=describe(teacher_logits), remedy="ask the teacher about target_image"
+            )
+        logits = at_size(self._name, "teacher_logits", teacher_logits, (source_label.shape[-2], source_label.shape[-1]))
+        check_classes(self._name, "source_label", source_label, logits.shape[1], self.ignore_index)
+        return logits
+
+
+def mean_over_all(ranks: Ranks, weight: Tensor, labelled: Tensor) -> Tensor:
+    """Weights with which the ranks' means over labelled pixels average to the mean over the labelled pixels of all ranks."""
+    if ranks.size == 1:
+        return weight
+    count = labelled.sum().double()
+    share = count / ranks.average_number(count).clamp(min=1e-12)
+    return weight * share.to(weight.dtype)

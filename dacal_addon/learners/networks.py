@@ -1,0 +1,109 @@
+"""What networks return: logits at the resolution of the labels, wherever they are in the output."""
+
+from typing import Any, Callable, NamedTuple, Optional, Protocol, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._check import check_tensor, describe, problem
+from ..preserve import preserved
+from ..pseudo_labels import LOGIT_FLOOR
+
+
+class Network(Protocol):
+    """A student or a teacher: called as a module is, with a batch of images (N, K, H, W)."""
+
+    def __call__(self, image: Tensor, /) -> Any: ...
+
+
+class Outputs(NamedTuple):
+    """Where logits and features are in what a network returns."""
+
+    logits_of: Optional[Callable[[Any], Tensor]] = None
+    """None: the output is the logits."""
+    features_of: Optional[Callable[[Any], Tensor]] = None
+    """None: the temperature net gets no features."""
+
+    def logits(self, function: str, output: Any, size: Tuple[int, int]) -> Tensor:
+        """The logits (N, C, H, W) in the output, interpolated to `size` where they are smaller.
+
+        Raises:
+            TypeError, ValueError: what is there are no logits; the message says what was returned and how to reach them.
+        """
+        found = output if self.logits_of is None else self.logits_of(output)
+        if not isinstance(found, Tensor):
+            raise problem(
+                function,
+                expected="a network that returns logits (N, C, H, W)",
+                got=_inside(found),
+                remedy=_way_to_logits(found),
+                error=TypeError,
+            )
+        return at_size(function, "logits", found, size)
+
+    def features(self, function: str, output: Any) -> Optional[Tensor]:
+        """The features (N, F, h, w) in the output; None without `features_of`."""
+        if self.features_of is None:
+            return None
+        expected = "features_of to give features (N, F, h, w)"
+        return check_tensor(function, "features", self.features_of(output), expected=expected, remedy="mend features_of")
+
+
+def at_size(function: str, name: str, logits: Tensor, size: Tuple[int, int]) -> Tensor:
+    """Logits (N, C, h, w), interpolated to H x W = `size`, as segmentation networks are trained and scored.
+
+    Example:
+        >>> at_size("f", "logits", torch.tensor([0.0, 4.0]).view(1, 1, 1, 2), (1, 4)).flatten().tolist()
+        [0.0, 1.0, 3.0, 4.0]
+    """
+    if logits.dim() != 4 or not logits.is_floating_point():
+        expected = f"{name}: a floating tensor (N, C, H, W) or of a lower resolution"
+        raise problem(function, expected=expected, got=describe(logits), remedy="say with logits_of where the logits are")
+    if logits.shape[-2:] == size:
+        return logits
+    # A class masked out with -inf would become 0 * -inf, NaN, between two pixels.
+    return F.interpolate(logits.clamp(min=LOGIT_FLOOR), size=size, mode="bilinear", align_corners=False)
+
+
+def ask(network: Network, image: Tensor) -> Any:
+    """What a network says of further images, without gradient; a module is left as it was, and so are random states."""
+    module = network if isinstance(network, nn.Module) else nn.Module()
+    with preserved(module, of=[image]), torch.no_grad():
+        return network(image)
+
+
+def _inside(output: Any) -> str:
+    """What was returned, one level deep.
+
+    >>> _inside({"out": torch.zeros(1, 4, 2, 2), "aux": None})
+    "dict of 'out': float32 (1, 4, 2, 2), 'aux': NoneType"
+    >>> _inside((torch.zeros(1, 4, 2, 2), 3))
+    'tuple of float32 (1, 4, 2, 2), int'
+    """
+    if hasattr(output, "items"):
+        parts = [f"{key!r}: {describe(value)}" for key, value in output.items()]
+    elif isinstance(output, (list, tuple)):
+        parts = [describe(value) for value in output]
+    else:
+        parts = [f"{name}: {describe(value)}" for name, value in getattr(output, "__dict__", {}).items()]
+    return describe(output) + (f" of {', '.join(parts)}" if parts else "")
+
+
+def _way_to_logits(output: Any) -> str:
+    """How `logits_of` would reach the first tensor that could be logits.
+
+    >>> _way_to_logits({"aux": None, "out": torch.zeros(1, 4, 2, 2)})
+    "say where the logits are: logits_of=lambda out: out['out']"
+    """
+    ways = []
+    if hasattr(output, "items"):
+        ways = [(f"[{key!r}]", value) for key, value in output.items()]
+    elif isinstance(output, (list, tuple)):
+        ways = [(f"[{i}]", value) for i, value in enumerate(output)]
+    else:
+        ways = [(f".{name}", value) for name, value in getattr(output, "__dict__", {}).items()]
+    found = next((way for way, value in ways if isinstance(value, Tensor) and value.dim() == 4), None)
+    if found is None:
+        return "say with logits_of where the logits are"
+    return f"say where the logits are: logits_of=lambda out: out{found}"
