@@ -21,6 +21,7 @@ from networks import ResidualSegmenter
 
 from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, TemperatureFit
 from dacal_addon.mixing import class_mask, mix
+from dacal_addon.pseudo_labels import one_hot
 
 CLASSES = 19
 ENGINES = ["higher", "forward", "finite_difference"] if hasattr(torch, "func") else ["higher", "finite_difference"]
@@ -37,8 +38,10 @@ def pieces(size: int, device: torch.device) -> Dict[str, Callable[[], object]]:
     student = ResidualSegmenter(CLASSES).to(device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
     small_net = MetaTemperatureNet(CLASSES).to(device)
-    fit = TemperatureFit(small_net, torch.optim.Adam(small_net.parameters(), lr=2e-3))
+    adam = torch.optim.Adam(small_net.parameters(), lr=2e-3)
+    fit = TemperatureFit(SoftPseudoLabeler(small_net, weight="none"), meta_optimizer=adam)
     pair, pair_label = image.repeat(2, 1, 1, 1), torch.cat([label, (label + 1) % CLASSES])
+    pair_logits = 9 * one_hot(pair_label, CLASSES)
     # The larger net, which the bilevel step is used with.
     options: Dict[str, Any] = {"sees": "logits", "kernel_size": 3}
     net = MetaTemperatureNet(CLASSES, **options).to(device)
@@ -82,7 +85,7 @@ def pieces(size: int, device: torch.device) -> Dict[str, Callable[[], object]]:
         "the same with features": without_grad(lambda: rich_net(logits, features)),
         "SoftPseudoLabeler": without_grad(lambda: SoftPseudoLabeler(small_net)(logits)),
         "SoftPseudoLabeler, the larger net": without_grad(lambda: labeler(logits)),
-        "TemperatureFit, on 2 images": lambda: fit(teacher, pair, pair_label, generator=g),
+        "TemperatureFit, on 2 images": lambda: fit(pair, pair_label, pair, pair_logits, teacher=teacher),
         "class_mask": lambda: class_mask(label, generator=g),
         "mix, soft labels": lambda: mix(label.unsqueeze(1) > 9, label, logits),
         **{f"meta-step, engine {name}": partial(step, image, label, image, logits) for name, step in calibrate.items()},

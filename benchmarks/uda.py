@@ -31,7 +31,9 @@ from uda_report import write_report
 
 from dacal_addon import demo
 from dacal_addon.demo.datasets import NAMES, Dataset, load_dataset
-from dacal_addon.demo.self_training import RECIPES, Recipe, Start, predict, score, temperature_of, train, train_start
+from dacal_addon.demo.evaluation import predict, score, temperature_of
+from dacal_addon.demo.recipes import RECIPES, Recipe
+from dacal_addon.demo.training import Start, train, train_start
 from dacal_addon.metrics import ece, reliability
 
 

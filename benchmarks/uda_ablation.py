@@ -16,13 +16,15 @@ from torch.func import functional_call
 from uda_methods import Method
 
 from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, soft_cross_entropy
-from dacal_addon.demo.self_training import Batch, DACal, HardLabels, Recipe, Teaching
-from dacal_addon.losses import CrossEntropyAndGap, brier, calibration_gap, cross_entropy
+from dacal_addon.demo.batches import Batch
+from dacal_addon.demo.methods import FittedTemperatures, HardLabels, Teaching
+from dacal_addon.demo.recipes import Recipe
+from dacal_addon.learners.judged_sets import JUDGED_SETS, DomainBatch, JudgedBatch, target_blends
+from dacal_addon.learners.temperature_fit import class_share_weights
+from dacal_addon.losses import OUTER_LOSSES, brier, cross_entropy
 from dacal_addon.mixing import cut_mask, mix
-from dacal_addon.outer_sets import OUTER_SETS, DomainBatch, OuterBatch, target_mixup
 from dacal_addon.preserve import preserved
 from dacal_addon.pseudo_labels import one_hot
-from dacal_addon.temperature_fit import class_share_weights
 
 IGNORED = 255
 
@@ -37,7 +39,7 @@ class Design(NamedTuple):
     context: Tuple[int, ...] = (1, 2)
     """Dilations of its convolutions; (0, 0) for a net that sees one pixel."""
     min_temperature: float = 0.0
-    outer_set: str = "source_and_target_pixels"
+    judged_set: str = "source_and_target_pixels"
     outer_loss: str = "cross_entropy"
     meta_lr: float = 3e-4
     warmup: Optional[int] = None
@@ -63,7 +65,7 @@ FITTED = Design(learn=("fit",), sees="confidence", context=(0, 0), class_shares=
 """`dacal`."""
 
 
-def restyled_source(batch: DomainBatch, *, generator: torch.Generator) -> OuterBatch:
+def restyled_source(batch: DomainBatch, *, generator: torch.Generator) -> JudgedBatch:
     """Source images with the low frequencies' amplitudes of a target image, judged by the ground truth.
 
     Source: FDA (Yang and Soatto, CVPR 2020), with a band of a tenth of the frequencies.
@@ -74,38 +76,35 @@ def restyled_source(batch: DomainBatch, *, generator: torch.Generator) -> OuterB
     low = ((rows.abs()[:, None] <= band) & (columns.abs()[None] <= band)).to(batch.source_image.device)
     source, target = torch.fft.fft2(batch.source_image), torch.fft.fft2(batch.target_image)
     image = torch.fft.ifft2(torch.polar(torch.where(low, target.abs(), source.abs()), source.angle())).real
-    return OuterBatch(image.clamp(0.0, 1.0), batch.source_label, torch.ones_like(batch.weight))
+    return JudgedBatch(image.clamp(0.0, 1.0), batch.source_label, torch.ones_like(batch.weight))
 
 
-def target_cut_mix(batch: DomainBatch, *, generator: torch.Generator) -> OuterBatch:
+def target_cut_mix(batch: DomainBatch, *, generator: torch.Generator) -> JudgedBatch:
     """A box of one target image in another one, judged by pseudo-labels."""
     label = batch.pseudo_label.masked_fill(batch.weight == 0, batch.ignore_index)
     n, height, width = label.shape
     mask = cut_mask((n, height, width), generator=generator, device=label.device)
     image, weight = batch.target_image, batch.weight
-    return OuterBatch(*(mix(mask, x, x.roll(1, 0)) for x in (image, label, weight)))
+    return JudgedBatch(*(mix(mask, x, x.roll(1, 0)) for x in (image, label, weight)))
 
 
-SETS: Dict[str, Callable[..., OuterBatch]] = {
-    **OUTER_SETS,
-    "differing": partial(target_mixup, differing=True),
-    "differing_80": partial(target_mixup, differing=True, share=0.8),
+SETS: Dict[str, Callable[..., JudgedBatch]] = {
+    **JUDGED_SETS,
+    "differing": partial(target_blends, differing=True),
+    "differing_80": partial(target_blends, differing=True, share=0.8),
     "cut_mix": target_cut_mix,
     "restyled": restyled_source,
 }
 
 
-def cross_entropy_and_brier(logits: Tensor, label: Tensor, weight: Optional[Tensor] = None) -> Tensor:
-    return cross_entropy(logits, label, weight) + brier(logits, label, weight)
+def cross_entropy_and_brier(
+    logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, ignore_index: int = IGNORED
+) -> Tensor:
+    both = [loss(logits, label, weight, ignore_index=ignore_index) for loss in (cross_entropy, brier)]
+    return both[0] + both[1]
 
 
-LOSSES: Dict[str, Callable[..., Tensor]] = {
-    "cross_entropy": cross_entropy,
-    "brier": brier,
-    "gap": calibration_gap,
-    "cross_entropy_and_gap": CrossEntropyAndGap(),
-    "cross_entropy_and_brier": cross_entropy_and_brier,
-}
+LOSSES = {**OUTER_LOSSES, "cross_entropy_and_brier": cross_entropy_and_brier}
 
 
 class Variant(Teaching):
@@ -131,7 +130,7 @@ class Variant(Teaching):
             optimizer=optimizer,
             meta_optimizer=self.meta_optimizer,
             engine="auto",
-            outer_set=SETS[design.outer_set],
+            judged_set=SETS[design.judged_set],
             outer_loss=LOSSES[design.outer_loss],
             warmup=self.warmup,
             every=design.every,
@@ -211,7 +210,7 @@ class Variant(Teaching):
         image = mix(batch.mask, batch.source_strong, batch.target_strong)
         label = mix(batch.mask, batch.source_label, labels.soft_label)
         weight = mix(batch.mask, torch.ones_like(labels.weight), labels.weight)
-        outer = SETS[self.design.outer_set](self.domain(batch, logits, strong=True), generator=batch.generator)
+        outer = SETS[self.design.judged_set](self.domain(batch, logits, strong=True), generator=batch.generator)
         group = self.optimizer.param_groups[0]
         (beta1, beta2), lr = group["betas"], group["lr"] * self.design.step_scale
         with preserved(self.student):
@@ -251,7 +250,7 @@ class Variant(Teaching):
         return temperature
 
 
-class HardFirst(DACal):
+class HardFirst(FittedTemperatures):
     """Hard labels, and for the last quarter of the iterations the default; the temperatures are fitted from the beginning."""
 
     title = "hard labels for three quarters of the iterations"
@@ -310,16 +309,18 @@ ABLATION: Dict[str, Method] = {
     "bilevel-disagreement": _bilevel("net sees logits, and where student and teacher disagree", sees="logits+disagreement"),
     "bilevel-context-1": _bilevel("net sees logits of 1 pixel", sees="logits", context=(0, 0)),
     "bilevel-context-31": _bilevel("net sees logits of 31 x 31 pixels", sees="logits", context=(1, 2, 4, 8)),
-    "bilevel-source": _bilevel("outer set: source pixels", outer_set="source_pixels"),
-    "bilevel-mixup": _bilevel("outer set: target mixup", outer_set="target_mixup"),
-    "bilevel-differing": _bilevel("outer set: target mixup where labels differ", outer_set="differing"),
-    "bilevel-cut-mix": _bilevel("outer set: cut-mix of target images", outer_set="cut_mix"),
-    "bilevel-restyled": _bilevel("outer set: restyled source", outer_set="restyled"),
+    "bilevel-source": _bilevel("judged set: source pixels", judged_set="source_pixels"),
+    "bilevel-mixup": _bilevel("judged set: target blends", judged_set="target_blends"),
+    "bilevel-differing": _bilevel("judged set: target blends where labels differ", judged_set="differing"),
+    "bilevel-cut-mix": _bilevel("judged set: cut-mix of target images", judged_set="cut_mix"),
+    "bilevel-restyled": _bilevel("judged set: restyled source", judged_set="restyled"),
     "bilevel-brier": _bilevel("outer loss: Brier", outer_loss="brier"),
-    "bilevel-gap": _bilevel("outer loss: binned gap, l2", outer_loss="gap"),
+    "bilevel-gap": _bilevel("outer loss: binned gap, l2", outer_loss="calibration_gap"),
     "bilevel-ce-gap": _bilevel("outer loss: cross-entropy + 10 gap", outer_loss="cross_entropy_and_gap"),
     "bilevel-ce-brier": _bilevel("outer loss: cross-entropy + Brier", outer_loss="cross_entropy_and_brier"),
-    "bilevel-mixup-gap": _bilevel("outer set: target mixup, outer loss: gap", outer_set="target_mixup", outer_loss="gap"),
+    "bilevel-mixup-gap": _bilevel(
+        "judged set: target blends, outer loss: gap", judged_set="target_blends", outer_loss="calibration_gap"
+    ),
     "bilevel-lr-1e-4": _bilevel("meta learning rate 1e-4", meta_lr=1e-4),
     "bilevel-lr-1e-3": _bilevel("meta learning rate 1e-3", meta_lr=1e-3),
     "bilevel-warmup-0": _bilevel("no warm-up", warmup=0),
@@ -340,7 +341,7 @@ ABLATION: Dict[str, Method] = {
     "first-disagreement": _first("net sees where student and teacher disagree too", sees="confidence+disagreement"),
     "first-context-1": _first("net sees 1 pixel", context=(0, 0)),
     "first-context-31": _first("net sees 31 x 31 pixels", context=(1, 2, 4, 8)),
-    "first-mixup": _first("fitted on all pixels of the blends", fit_sets=("target_mixup",)),
+    "first-mixup": _first("fitted on all pixels of the blends", fit_sets=("target_blends",)),
     "first-80": _first("blends of 80 to 20", fit_sets=("differing_80",)),
     "first-pasted": _first("fitted on source pixels pasted into target", fit_sets=("source_pixels",)),
     "first-restyled": _first("fitted on restyled source", fit_sets=("restyled",)),
@@ -348,7 +349,7 @@ ABLATION: Dict[str, Method] = {
     "first-blends-and-restyled": _first("fitted on blends and restyled source", fit_sets=("differing", "restyled")),
     "first-cut-mix": _first("fitted on cut-mix of target images", fit_sets=("cut_mix",)),
     "first-brier": _first("fitted by Brier", fit_loss="brier"),
-    "first-gap": _first("fitted by binned gap, l2", fit_loss="gap"),
+    "first-gap": _first("fitted by binned gap, l2", fit_loss="calibration_gap"),
     "first-lr-5e-4": _first("learning rate 5e-4", fit_lr=5e-4),
     "first-lr-1e-2": _first("learning rate 1e-2", fit_lr=1e-2),
     "first-prior": _first("prior: + 0.1 (log T)^2", prior=0.1),
@@ -362,7 +363,7 @@ ABLATION: Dict[str, Method] = {
     "fit-logits": _fitted("net sees logits too", sees="logits"),
     "fit-features": _fitted("net sees logits and features too", sees="features"),
     "fit-context-7": _fitted("net sees 7 x 7 pixels", context=(1, 2)),
-    "fit-mixup": _fitted("fitted on all pixels of the blends", fit_sets=("target_mixup",)),
+    "fit-mixup": _fitted("fitted on all pixels of the blends", fit_sets=("target_blends",)),
     "fit-80": _fitted("blends of 80 to 20", fit_sets=("differing_80",)),
     "fit-pasted": _fitted("fitted on source pixels pasted into target", fit_sets=("source_pixels",)),
     "fit-restyled": _fitted("fitted on restyled source", fit_sets=("restyled",)),
@@ -372,7 +373,7 @@ ABLATION: Dict[str, Method] = {
         "class shares as on the blends, fitted by Brier", class_shares=False, fit_loss="brier", seeds=3
     ),
     "fit-brier": _fitted("fitted by Brier", fit_loss="brier", seeds=3),
-    "fit-gap": _fitted("fitted by binned gap, l2", fit_loss="gap"),
+    "fit-gap": _fitted("fitted by binned gap, l2", fit_loss="calibration_gap"),
     "fit-lr-5e-4": _fitted("learning rate 5e-4", fit_lr=5e-4),
     "fit-lr-1e-2": _fitted("learning rate 1e-2", fit_lr=1e-2),
     "fit-prior": _fitted("prior: + 0.1 (log T)^2", prior=0.1),

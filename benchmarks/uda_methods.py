@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dacal_addon import MetaTemperatureNet, SoftPseudoLabeler
+from dacal_addon.demo.batches import Batch
+from dacal_addon.demo.methods import METHODS as OF_THE_DEMO
+from dacal_addon.demo.methods import HardLabels, SoftLabels, Teaching
 from dacal_addon.demo.network import SmallUNet
-from dacal_addon.demo.self_training import METHODS as OF_THE_DEMO
-from dacal_addon.demo.self_training import Batch, HardLabels, Recipe, SoftLabels, Teaching
+from dacal_addon.demo.recipes import Recipe
 from dacal_addon.losses import cross_entropy
 from dacal_addon.pseudo_labels import one_hot, soft_label
 

@@ -5,23 +5,23 @@
     python examples/lightning_loop.py --labels hard     # the same module without DA-Cal
 
 Lightning owns the loop, the backward pass, the optimizer's step, devices and checkpoints; DA-Cal needs three of its hooks: the
-optimizer is known in `on_fit_start`, the meta-step comes first in `training_step`, and its state goes with the checkpoint.
+optimizer is known in `on_fit_start`, `training_step` calls it, and its state goes with the checkpoint. Temperatures are learned
+by the bilevel step here.
 """
 
 import argparse
 import copy
-from typing import Any, Dict, Iterator, Optional, Tuple
+from typing import Any, Dict, Iterator, Tuple
 
 import lightning
 import torch
 import torch.nn.functional as F
-from plain_loop import CLASSES, network, pictures
+from plain_loop import CLASSES, loss_on_hard_labels, network, pictures
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, soft_cross_entropy
+from dacal_addon import DACal, soft_cross_entropy
 from dacal_addon.metrics import CalibrationStats
-from dacal_addon.mixing import class_mask, mix
 
 Batch = Tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -46,63 +46,43 @@ class SelfTraining(lightning.LightningModule):
         super().__init__()
         self.student = network()
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        self.labels, self.warmup = labels, warmup
-        self.labeler = SoftPseudoLabeler(MetaTemperatureNet(CLASSES), threshold=0.8)
-        self.calibrate: Optional[BilevelCalibrationStep] = None
-        self.resumed: Optional[Dict[str, Any]] = None
+        self.labels = labels
         self.stats = CalibrationStats(CLASSES, input="logits")
         self.masks = torch.Generator().manual_seed(0)
+        # DA-Cal: what to set up once. No submodule: Lightning's optimizers, DDP and summaries shall not see it.
+        self.dacal = DACal(
+            self.student, self.teacher, None, num_classes=CLASSES, learner="bilevel", threshold=0.8, warmup=warmup
+        )
+        # DA-Cal: end
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.student.parameters(), lr=1e-3)
 
-    # DA-Cal: what to set up once. No submodule: Lightning's optimizers, DDP and summaries shall not see the temperature net.
+    # DA-Cal: the device and the optimizer are known now; the state goes with the checkpoint.
     def on_fit_start(self) -> None:
-        net: Any = self.labeler.temperature_net
-        net.to(self.device)
+        self.dacal.learner.to(self.device)
         optimizer: Any = self.optimizers()
-        self.calibrate = BilevelCalibrationStep(
-            self.student,
-            self.labeler,
-            optimizer=optimizer.optimizer,
-            meta_optimizer=torch.optim.Adam(net.parameters(), lr=3e-4),
-            engine="auto",
-            warmup=self.warmup,
-        )
-        if self.resumed is not None:
-            self.calibrate.load_state_dict(self.resumed)
+        self.dacal.learner.use_optimizer(optimizer.optimizer)
 
     def on_save_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
-        if self.calibrate is not None:
-            checkpoint["dacal"] = self.calibrate.state_dict()
+        checkpoint["dacal"] = self.dacal.state_dict()
 
     def on_load_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
-        self.resumed = checkpoint.get("dacal")
+        self.dacal.load_state_dict(checkpoint["dacal"])
 
     # DA-Cal: end
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         source_image, source_label, target_image, _ = batch
-        with torch.no_grad():
-            teacher_logits = self.teacher(target_image)
-        mask = class_mask(source_label, generator=self.masks)
-
-        # DA-Cal: what to call at every iteration
-        if self.labels == "dacal" and self.calibrate is not None:
-            result = self.calibrate(source_image, source_label, target_image, teacher_logits, mask=mask)
-            if result.skipped is None:
-                self.log("temperature", result.temperature_mean, prog_bar=True)
-        # DA-Cal: end
-
-        with torch.no_grad():
-            labels = self.labeler(teacher_logits)
-        logits = self.student(mix(mask, source_image, target_image))
-        weight = mix(mask, torch.ones_like(labels.weight), labels.weight)
-        if self.labels == "dacal":
-            mixed_loss = soft_cross_entropy(logits, mix(mask, source_label, labels.soft_label), weight)
+        if self.labels == "hard":
+            mixed_loss = loss_on_hard_labels(self.student, self.teacher, source_image, source_label, target_image, self.masks)
         else:
-            hard_label = mix(mask, source_label, labels.pseudo_label)
-            mixed_loss = (F.cross_entropy(logits, hard_label, reduction="none") * weight).mean()
+            # DA-Cal: what to call at every iteration
+            mixed = self.dacal(source_image, source_label, target_image)
+            mixed_loss = soft_cross_entropy(self.student(mixed.image), mixed.soft_label, mixed.weight)
+            # DA-Cal: end
+            if mixed.learned.skipped is None:
+                self.log("temperature", mixed.learned.temperature_mean, prog_bar=True)
         return F.cross_entropy(self.student(source_image), source_label) + mixed_loss
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
@@ -117,6 +97,7 @@ class SelfTraining(lightning.LightningModule):
         self.stats.update(self.student(batch[2]), batch[3])
 
     def on_validation_epoch_end(self) -> None:
+        self.stats.sync()  # each process has seen its own images only
         self.log_dict({"target mIoU": self.stats.miou(), "target ECE": self.stats.ece()})
         self.stats.reset()
 

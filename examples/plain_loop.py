@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, TemperatureFit, soft_cross_entropy
+from dacal_addon import DACal, SoftPseudoLabeler, soft_cross_entropy
 from dacal_addon.engines import ENGINES
 from dacal_addon.metrics import CalibrationStats
 from dacal_addon.mixing import class_mask, mix
@@ -46,10 +46,27 @@ def network() -> nn.Sequential:
     return nn.Sequential(layer(3, 16), layer(16, 16), layer(16, 16), nn.Conv2d(16, CLASSES, 1))
 
 
+def loss_on_hard_labels(
+    student: nn.Module,
+    teacher: nn.Module,
+    source_image: Tensor,
+    source_label: Tensor,
+    target_image: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """The mixed loss of the loop as it was before: the teacher's argmax, weighted by the share of confident pixels."""
+    with torch.no_grad():
+        labels = SoftPseudoLabeler(None, threshold=0.8)(teacher(target_image))
+    mask = class_mask(source_label, generator=generator)
+    logits = student(mix(mask, source_image, target_image))
+    weight = mix(mask, torch.ones_like(labels.weight), labels.weight)
+    return (F.cross_entropy(logits, mix(mask, source_label, labels.pseudo_label), reduction="none") * weight).mean()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--labels", choices=("dacal", "dacal-bilevel", "hard"), default="dacal", help="of target images")
-    parser.add_argument("--engine", choices=ENGINES, default="higher", help="of the meta-step")
+    parser.add_argument("--engine", choices=ENGINES, default="auto", help="of the meta-step")
     parser.add_argument("--iters", type=int, default=400, help="the meta-step waits for a quarter of them")
     parser.add_argument("--batch", type=int, default=8, help="images of each domain")
     parser.add_argument("--seed", type=int, default=0)
@@ -61,53 +78,27 @@ def main() -> None:
     teacher = copy.deepcopy(student)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
 
-    # DA-Cal: what to set up once
-    temperature_net = MetaTemperatureNet(CLASSES)
-    labeler = SoftPseudoLabeler(temperature_net, threshold=0.8)  # 0.968 is for students that train for 40,000 iterations
-    fit = TemperatureFit(temperature_net, torch.optim.Adam(temperature_net.parameters(), lr=2e-3))
-    calibrate = BilevelCalibrationStep(  # instead of `fit`, for `dacal-bilevel`
-        student,
-        labeler,
-        optimizer=optimizer,
-        meta_optimizer=torch.optim.Adam(temperature_net.parameters(), lr=3e-4),
-        engine=options.engine,
-        warmup=options.iters // 4,
-    )
+    # DA-Cal: what to set up once. The default threshold, 0.968, is for students that train for 40,000 iterations.
+    bilevel = {"learner": "bilevel", "engine": options.engine, "warmup": options.iters // 4}
+    learner = bilevel if options.labels == "dacal-bilevel" else {}
+    dacal = DACal(student, teacher, optimizer, num_classes=CLASSES, threshold=0.8, generator=generator, **learner)
     # DA-Cal: end
 
     print_every = max(1, options.iters // 8)
     for iteration in range(options.iters):
         source_image, source_label = pictures(options.batch, "source", generator)
         target_image, _ = pictures(options.batch, "target", generator)
-        with torch.no_grad():
-            teacher_logits = teacher(target_image)
-        mask = class_mask(source_label, generator=generator)
-
-        # DA-Cal: what to call at every iteration
-        if options.labels == "dacal":
-            fitted = fit(teacher, target_image, teacher_logits.argmax(1), generator=generator)
-            if iteration % print_every == 0:
-                print(f"iteration {iteration}: {fitted.skipped or f'{fitted.loss:.3f} nats on blends of target images'}")
-        elif options.labels == "dacal-bilevel":
-            result = calibrate(source_image, source_label, target_image, teacher_logits, mask=mask)
-            if iteration % print_every == 0:
-                done = (
-                    f"T {result.temperature_min:.2f}..{result.temperature_max:.2f}, "
-                    f"outer loss {result.outer_loss_before:.4f} -> {result.outer_loss_after:.4f}"
-                )
-                print(f"iteration {iteration}: {result.skipped or done}")
-        # DA-Cal: end
-
-        with torch.no_grad():
-            labels = labeler(teacher_logits)
-        target_label = labels.pseudo_label if options.labels == "hard" else labels.soft_label
-        mixed_label = mix(mask, source_label, target_label)
-        mixed_logits = student(mix(mask, source_image, target_image))
-        weight = mix(mask, torch.ones_like(labels.weight), labels.weight)
         if options.labels == "hard":
-            mixed_loss = (F.cross_entropy(mixed_logits, mixed_label, reduction="none") * weight).mean()
+            mixed_loss = loss_on_hard_labels(student, teacher, source_image, source_label, target_image, generator)
         else:
-            mixed_loss = soft_cross_entropy(mixed_logits, mixed_label, weight)
+            # DA-Cal: what to call at every iteration
+            mixed = dacal(source_image, source_label, target_image)
+            mixed_loss = soft_cross_entropy(student(mixed.image), mixed.soft_label, mixed.weight)
+            # DA-Cal: end
+            if iteration % print_every == 0:
+                loss, temperature = mixed.learned.outer_loss_before, mixed.labels.temperature
+                done = f"loss on the judged set {loss:.4f}, T {temperature.min():.2f}..{temperature.max():.2f}"
+                print(f"iteration {iteration}: {mixed.learned.skipped or done}")
         optimizer.zero_grad()
         (F.cross_entropy(student(source_image), source_label) + mixed_loss).backward()
         optimizer.step()

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from dacal_addon import cli
-from dacal_addon.demo import datasets, plots, run, self_training
+from dacal_addon.demo import datasets, methods, plots, run, training
 from dacal_addon.demo.network import SmallUNet
+from dacal_addon.demo.recipes import Recipe
 
 SIZES = {"streets": (64, 128), "digits": (48, 64), "mitochondria": (64, 64)}
 
@@ -81,26 +82,26 @@ def test_an_unknown_benchmark_is_named():
 
 
 def tiny(**changes):
-    recipe = self_training.Recipe(source_iterations=2, iterations=3, batch=2, crop=32, meta_warmup=1, threshold=0.1)
+    recipe = Recipe(source_iterations=2, iterations=3, batch=2, crop=32, meta_warmup=1, threshold=0.1)
     return recipe._replace(**changes)
 
 
 def test_all_methods_see_the_same_images_and_masks(dataset, monkeypatch):
     """Streams of their own for images, augmentation and masks: what a method draws cannot shift what another one sees."""
     cpu = torch.device("cpu")
-    start = self_training.train_start(dataset, tiny(), seed=0, device=cpu)
-    seen, mix = {}, self_training.mix
+    start = training.train_start(dataset, tiny(), seed=0, device=cpu)
+    seen, mix = {}, methods.mix
 
     def spy(mask, source, target):
         if source.dim() == 4:
             seen[method].append((mask, source, target))
         return mix(mask, source, target)
 
-    monkeypatch.setattr(self_training, "mix", spy)
+    monkeypatch.setattr(methods, "mix", spy)
     for method in ("hard", "soft", "dacal"):
         seen[method] = []
-        trained = self_training.train(self_training.METHODS[method], start, dataset, tiny(), seed=0, device=cpu)
-        assert type(trained.teaching) is self_training.METHODS[method]
+        trained = training.train(methods.METHODS[method], start, dataset, tiny(), seed=0, device=cpu)
+        assert type(trained.teaching) is methods.METHODS[method]
     assert len(seen["hard"]) == 3
     for method in ("soft", "dacal"):
         for one, two in zip(seen["hard"], seen[method]):
@@ -110,9 +111,9 @@ def test_all_methods_see_the_same_images_and_masks(dataset, monkeypatch):
 def test_training_is_reproducible_moves_the_temperatures_and_leaves_the_start_alone(dataset):
     cpu = torch.device("cpu")
     random_state = torch.get_rng_state()
-    start = self_training.train_start(dataset, tiny(), seed=0, device=cpu)
+    start = training.train_start(dataset, tiny(), seed=0, device=cpu)
     before = {name: value.clone() for name, value in start.student.state_dict().items()}
-    runs = [self_training.train(self_training.DACal, start, dataset, tiny(), seed=0, device=cpu) for _ in range(2)]
+    runs = [training.train(methods.FittedTemperatures, start, dataset, tiny(), seed=0, device=cpu) for _ in range(2)]
     for a, b in zip(runs[0].student.parameters(), runs[1].student.parameters()):
         assert torch.equal(a, b)
     assert float(runs[0].teaching.temperature_net.last.weight.detach().abs().sum()) > 0
@@ -124,7 +125,7 @@ def test_the_teacher_is_the_moving_average():
     teacher, student = SmallUNet(3, seed=0), SmallUNet(3, seed=1)
     student.stem[0][1].running_mean += 1
     a, b = teacher.head.weight.clone(), student.head.weight.clone()
-    self_training.update_teacher(teacher, student, 0.75)
+    training.update_teacher(teacher, student, 0.75)
     np.testing.assert_allclose(teacher.head.weight.detach(), (0.75 * a + 0.25 * b).detach(), rtol=1e-6)
     assert torch.equal(teacher.stem[0][1].running_mean, student.stem[0][1].running_mean)
 
@@ -147,23 +148,23 @@ def test_the_command_prints_the_table_and_writes_table_and_pictures(small_demo, 
     assert cli.main(["demo", "--dataset", "digits", "--seed", "1", "--iters", "20", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     report = json.loads((out / "results.json").read_text())
-    assert [row["method"] for row in report["rows"]] == list(self_training.METHODS)
+    assert [row["method"] for row in report["rows"]] == list(methods.METHODS)
     assert (report["dataset"], report["seed"], report["recipe"]["iterations"]) == ("digits", 1, 20)
     assert f"source-only has {100 * report['rows'][0]['source_miou']:.1f} mIoU" in printed
     for row in report["rows"]:
         assert all(0 <= row[name] <= 1 for name in ("miou", "accuracy", "confidence", "ece"))
         assert f"{100 * row['ece']:8.2f}{row['nll']:8.3f}" in printed
-        assert self_training.METHODS[row["method"]].title in printed
+        assert methods.METHODS[row["method"]].title in printed
     pictures = {path.name for path in out.glob("*.png")}
     assert pictures == {"reliability.png", "predictions.png", "temperature.png"}
     assert all((out / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for name in pictures)
 
 
 def test_ctrl_c_leaves_what_is_finished(small_demo, tmp_path, capsys, monkeypatch):
-    train = self_training.train
+    train = training.train
 
     def interrupted(teaching, *arguments, **options):
-        if teaching is self_training.SoftLabels:
+        if teaching is methods.SoftLabels:
             raise KeyboardInterrupt
         return train(teaching, *arguments, **options)
 

@@ -144,7 +144,8 @@ def test_runs_of_other_settings_are_not_mixed_in(quick):
 def small():
     """Few images, and what trains a method on them for three iterations with the target's labels as they are or others."""
     from dacal_addon.demo.datasets import load_dataset
-    from dacal_addon.demo.self_training import RECIPES, train, train_start
+    from dacal_addon.demo.recipes import RECIPES
+    from dacal_addon.demo.training import train, train_start
 
     dataset = load_dataset("mitochondria", seed=0, train_images=8, test_images=2)
     recipe = RECIPES["mitochondria"]._replace(source_iterations=5, iterations=3, batch=2, crop=32, meta_warmup=0, threshold=0.0)
@@ -358,8 +359,9 @@ def test_one_hand_unrolled_virtual_step_is_the_engines():
     """But for the derivative of AdamW's second moment, which one gradient hardly moves after a long history."""
     from uda_ablation import Design, Variant
 
+    from dacal_addon.demo.batches import Batch
     from dacal_addon.demo.network import SmallUNet
-    from dacal_addon.demo.self_training import Batch, Recipe
+    from dacal_addon.demo.recipes import Recipe
 
     def grads(design):
         student, g = SmallUNet(4, seed=0).double(), torch.Generator().manual_seed(0)

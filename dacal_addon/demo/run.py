@@ -12,8 +12,11 @@ from torch import Tensor
 
 from .. import __version__, metrics, plots
 from .datasets import Dataset, load_dataset
+from .evaluation import Scores, predict, score, temperature_of
+from .methods import METHODS
 from .plots import pick_images, predictions_figure
-from .self_training import METHODS, RECIPES, Recipe, Scores, Trained, predict, score, temperature_of, train, train_start
+from .recipes import RECIPES, Recipe
+from .training import Trained, train, train_start
 
 
 class _Finished(NamedTuple):
