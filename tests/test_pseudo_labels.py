@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -136,3 +138,49 @@ def test_one_hot_writes_zeros_for_ignored_pixels():
 def test_errors_name_expected_got_and_remedy(call, error, expected):
     with pytest.raises(error, match=expected):
         call()
+
+
+@pytest.mark.parametrize("ignore_index", [0, 2, 255, 299])
+def test_an_ignored_label_is_all_zeros_also_where_it_is_a_class(ignore_index):
+    label = torch.arange(300).view(1, 15, 20)
+    encoded = one_hot(label, 300, ignore_index=ignore_index)
+    expected = torch.eye(300)
+    expected[ignore_index] = 0
+    assert torch.equal(encoded.flatten(2)[0].T, expected)
+
+
+def test_the_ignored_class_is_ruled_out_before_anything_is_labelled():
+    z = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0))
+    z[:, 1] += 9
+    labeler = SoftPseudoLabeler(None, threshold=0.6)
+    labels, without = labeler(z, ignore_index=1), labeler(z[:, [0, 2, 3]])
+    assert torch.equal(labels.soft_label[:, [0, 2, 3]], without.soft_label)
+    assert float(labels.soft_label[:, 1].abs().max()) == 0.0
+    assert torch.equal(labels.pseudo_label, torch.tensor([0, 2, 3])[without.pseudo_label])
+    assert torch.allclose(labels.weight, without.weight)
+
+
+def test_padding_has_no_label_at_all():
+    z, valid = torch.randn(1, 3, 2, 4), torch.tensor([True, True, False, False]).expand(1, 2, 4)
+    labels = SoftPseudoLabeler(None, weight="none")(z, valid=valid, ignore_index=7)
+    assert labels.soft_label.sum(1)[0, 0].tolist() == pytest.approx([1, 1, 0, 0])
+    assert (labels.pseudo_label[0, 0] == 7).tolist() == [False, False, True, True]
+    assert labels.weight[0, 0].tolist() == [1, 1, 0, 0]
+
+
+def test_a_class_masked_out_leaves_the_temperatures_gradient_finite():
+    z = torch.tensor([2.0, 1.0, -math.inf]).view(1, 3, 1, 1)
+    temperature = torch.ones(1, 1, 1, 1, requires_grad=True)
+    soft_label(z, temperature)[:, 0].sum().backward()
+    twin = torch.ones(1, 1, 1, 1, requires_grad=True)
+    soft_label(z[:, :2], twin)[:, 0].sum().backward()
+    assert temperature.grad.item() == pytest.approx(twin.grad.item())
+
+
+@pytest.mark.skipif(not hasattr(torch, "inference_mode"), reason="torch < 1.9")
+def test_logits_that_were_made_under_inference_mode_can_be_labelled_with_a_gradient():
+    with torch.inference_mode():
+        z = torch.arange(3.0).view(1, 3, 1, 1) * 1.0
+    temperature = torch.ones(1, 1, 1, 1, requires_grad=True)
+    soft_label(z, temperature)[:, 0].sum().backward()
+    assert temperature.grad.item() > 0

@@ -140,7 +140,7 @@ class Learner(ABC):
 
     defaults: ClassVar[Defaults]
     judges_teacher: ClassVar[bool] = False
-    """Whether the judged set is for the teacher, which sees `teacher_image`."""
+    """Whether the judged set is for the teacher, which sees `teacher_image`; a call then needs the teacher itself."""
 
     def __init__(
         self,
@@ -251,6 +251,9 @@ class Learner(ABC):
             RuntimeError: called under `torch.inference_mode`.
         """
         self._check_batch(source_image, source_label, target_image, teacher_image)
+        if self.judges_teacher and teacher is None:
+            remedy = "pass teacher=teacher, the network: it is asked about images that it has not seen yet"
+            raise problem(self._name, expected="teacher", got="its logits alone", remedy=remedy, error=TypeError)
         skip = waiting(self.iteration, warmup=self.warmup, every=self.every)
         if skip is not None and self._called and not backward:
             return self._counted(skip)

@@ -5,7 +5,6 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from .._check import problem
 from ..pseudo_labels import LOGIT_FLOOR
 from .judged_sets import usable
 from .learner import Defaults, Iteration, Learned, Learner
@@ -65,24 +64,21 @@ class TemperatureFit(Learner):
     judges_teacher = True
 
     def gradient(self, iteration: Iteration) -> Union[Learned, Skip]:
-        if iteration.teacher is None:
-            remedy = "pass teacher=teacher, the network: it is asked about images that it has not seen yet"
-            raise problem(self._name, expected="teacher", got="its logits alone", remedy=remedy, error=TypeError)
-        batch, ranks = iteration.batch, iteration.ranks
+        batch, ranks, teacher = iteration.batch, iteration.ranks, iteration.teacher
+        assert teacher is not None  # for mypy: `judges_teacher` has asked for it
         judged = self.judged_set(batch, generator=iteration.generator)
         if not ranks.anywhere(bool((judged.label != self.ignore_index).any()), like=judged.weight):
             return Skip(SkipKind.UNJUDGED, "no pixel is judged: the pseudo-labels of blended images are all the same")
-        output = ask(iteration.teacher, judged.image)
+        output = ask(teacher, judged.image)
         height, width = judged.label.shape[-2:]
         logits = self.outputs.logits(self._name, output, (height, width))
         features = self.outputs.features(self._name, output)
-        # A class masked out with -inf would make T's gradient 0 * inf.
-        inputs = (logits,) if features is None else (logits, features)
-        temperature = self.temperature_net(*inputs)
+        temperature = self.temperature_net(*((logits,) if features is None else (logits, features)))
         counts = (self._class_counts(label, logits.shape[1]) for label in (judged.label, usable(batch)))
         of_class = class_share_weights(*(ranks.total(count) for count in counts))
         shares = of_class[judged.label.masked_fill(judged.label == self.ignore_index, 0)]
         judged = judged._replace(weight=shares * judged.weight)
+        # A class masked out with -inf would make T's gradient 0 * inf.
         calibrated = logits.clamp(min=LOGIT_FLOOR) / temperature
         weight = self.judged_weight(ranks, judged)
         loss = self.outer_loss(calibrated, judged.label, weight, ignore_index=self.ignore_index)
