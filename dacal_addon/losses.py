@@ -10,6 +10,12 @@ from torch import Tensor
 from ._check import check_label, check_logits, check_number, check_tensor, describe, problem
 
 
+class InnerLoss(Protocol):
+    """What trains the student on mixed images: logits and soft labels (N, C, H, W), weights (N, H, W) -> scalar."""
+
+    def __call__(self, logits: Tensor, soft_label: Tensor, weight: Tensor, /) -> Tensor: ...
+
+
 class OuterLoss(Protocol):
     """How a judged set is judged: logits (N, C, H, W), labels and weights (N, H, W) -> scalar. `OUTER_LOSSES` has some."""
 

@@ -1,6 +1,6 @@
 """From the teacher's logits and temperatures to what the student is taught: soft labels, hard labels, pixel weights."""
 
-from typing import Callable, NamedTuple, Optional, Tuple
+from typing import NamedTuple, Optional, Protocol, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,12 @@ from ._check import (
 WEIGHTS = ("ratio", "confidence", "threshold", "none")
 # exp(-10000) is 0 in any precision. A class masked out with -inf would make T's gradient 0 * inf.
 LOGIT_FLOOR = -1e4
+
+
+class TemperatureNet(Protocol):
+    """Logits (N, C, H, W) and, if it wants any, features (N, F, h, w) -> temperatures (N, 1, H, W)."""
+
+    def __call__(self, logits: Tensor, features: Tensor = ..., /) -> Tensor: ...
 
 
 class SoftPseudoLabels(NamedTuple):
@@ -126,7 +132,7 @@ class SoftPseudoLabeler:
 
     def __init__(
         self,
-        temperature_net: Optional[Callable[..., Tensor]],
+        temperature_net: Optional[TemperatureNet],
         *,
         weight: str = "ratio",
         threshold: float = 0.968,

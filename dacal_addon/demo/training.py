@@ -48,7 +48,13 @@ class Trained(NamedTuple):
 
 
 def train(
-    make_teaching: Callable[..., Teaching], start: Start, dataset: Dataset, recipe: Recipe, *, seed: int, device: torch.device
+    make_teaching: Callable[[SmallUNet, torch.optim.Optimizer, Recipe], Teaching],
+    start: Start,
+    dataset: Dataset,
+    recipe: Recipe,
+    *,
+    seed: int,
+    device: torch.device,
 ) -> Trained:
     """Go on from the common start for `recipe.iterations`.
 

@@ -21,6 +21,7 @@ __all__ = [
     "Hypergradient",
     "LossClosure",
     "Student",
+    "Update",
     "backward",
     "check_supported",
     "has_zero_step",

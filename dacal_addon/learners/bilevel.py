@@ -1,15 +1,15 @@
 """The meta-step: learn the temperatures by looking one student update ahead."""
 
 from functools import partial
-from typing import Any, Callable, List, Optional, Type, Union
+from typing import Any, List, Optional, Type, Union
 
 import torch
 from torch import Tensor, nn
 
 from .._check import problem
-from ..engines import Student, check_supported, has_zero_step, hypergradient, ranks_of
+from ..engines import Student, Update, check_supported, has_zero_step, hypergradient, ranks_of
 from ..engines import backward as plain_backward
-from ..losses import soft_cross_entropy
+from ..losses import InnerLoss, soft_cross_entropy
 from ..mixing import mix
 from ..preserve import Preserved, preserved
 from ..pseudo_labels import SoftPseudoLabeler, SoftPseudoLabels
@@ -82,8 +82,8 @@ class BilevelCalibrationStep(Learner):
         optimizer: Optional[torch.optim.Optimizer],
         meta_optimizer: torch.optim.Optimizer,
         engine: str = "auto",
-        inner_loss: Callable[..., Tensor] = soft_cross_entropy,
-        update_rule: Optional[Callable[..., Tensor]] = None,
+        inner_loss: InnerLoss = soft_cross_entropy,
+        update_rule: Optional[Update] = None,
         clip_norm: Optional[float] = None,
         measure_before: bool = True,
         **options: Any,
