@@ -1,55 +1,47 @@
-"""The state of what learns the temperatures as plain tensors under flat names, as a host's checkpoint wants them."""
+"""A learner's state as plain tensors under flat names, as a host's checkpoint wants it."""
 
 from typing import Any, Dict, Mapping, Union
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .._check import problem
+from ..learners import Learner
 
-Counters = Dict[str, int]
-
-
-def flatten(net: nn.Module, optimizer: torch.optim.Optimizer, counters: Counters) -> Dict[str, Tensor]:
-    """`temperature_net.<name>`, `meta_optimizer.<parameter>.<name>` and the counters."""
-    flat = {f"temperature_net.{name}": value.detach().clone() for name, value in net.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            flat[f"meta_optimizer.{index}.{name}"] = torch.as_tensor(value).detach().clone()
-    flat.update({name: torch.tensor(value) for name, value in counters.items()})
-    return flat
+NET, OPTIMIZER = "temperature_net.", "meta_optimizer."
 
 
-def restore(flat: Mapping[str, Tensor], net: nn.Module, optimizer: torch.optim.Optimizer, counters: Counters) -> Counters:
-    """Put what `flatten` gave into the net and the optimizer; returns the counters, all those named in `counters`.
+def flatten(learner: Learner) -> Dict[str, Tensor]:
+    """`temperature_net.<name>`, `meta_optimizer.<parameter>.<name>`, `generator` and `iteration`: everything that a resumed run
+    needs. The optimizer's settings are not among it: they are the config's."""
+    state = learner.state_dict()
+    flat = {NET + name: value.detach().clone() for name, value in state["temperature_net"].items()}
+    for index, values in state["meta_optimizer"]["state"].items():
+        for name, value in values.items():
+            flat[f"{OPTIMIZER}{index}.{name}"] = torch.as_tensor(value).detach().clone()
+    return {**flat, "generator": state["generator"], "iteration": torch.tensor(state["iteration"])}
+
+
+def restore(flat: Mapping[str, Tensor], learner: Learner) -> None:
+    """Continue exactly where `flatten` was called.
 
     Raises:
-        ValueError: something is missing or of another shape; nothing has changed then.
+        ValueError: something is missing, or another net's; nothing has changed then.
     """
-    device = next(net.parameters()).device
-    own = net.state_dict()
-    loaded = {name: flat.get(f"temperature_net.{name}") for name in own}
-    for name, value in loaded.items():
-        if value is None or value.shape != own[name].shape:
-            raise problem(
-                "uda.dacal",
-                expected=f"a checkpoint with {name} of the temperature net, {tuple(own[name].shape)}",
-                got="none" if value is None else f"{tuple(value.shape)}",
-                remedy="resume with the learn, the hidden_channels and the classes that it was written with",
-            )
-    missing = [name for name in counters if name not in flat]
-    if missing:
-        remedy = "resume from a checkpoint that DACalDACS wrote"
-        raise problem("uda.dacal", expected=f"a checkpoint with {', '.join(missing)}", got="none", remedy=remedy)
-    state: Dict[int, Dict[str, Any]] = {}
-    settings = optimizer.state_dict()
+    device = next(learner.temperature_net.parameters()).device
+    moments: Dict[int, Dict[str, Any]] = {}
     for key, value in flat.items():
-        if key.startswith("meta_optimizer."):
-            _, index, name = key.split(".", 2)
-            state.setdefault(int(index), {})[name] = _as_adam_has_it(name, value)
-    net.load_state_dict({name: value.to(device) for name, value in loaded.items() if value is not None})
-    optimizer.load_state_dict({"state": state, "param_groups": settings["param_groups"]})
-    return {name: int(flat[name]) for name in counters}
+        if key.startswith(OPTIMIZER):
+            index, name = key[len(OPTIMIZER) :].split(".", 1)
+            moments.setdefault(int(index), {})[name] = _as_adam_has_it(name, value)
+    state: Dict[str, Any] = {
+        "temperature_net": {key[len(NET) :]: value.to(device) for key, value in flat.items() if key.startswith(NET)},
+        "meta_optimizer": {"state": moments, "param_groups": learner.meta_optimizer.state_dict()["param_groups"]},
+    }
+    if "generator" in flat:
+        state["generator"] = flat["generator"]
+    if "iteration" in flat:
+        state["iteration"] = int(flat["iteration"])
+    learner.load_state_dict(state)
 
 
 def _as_adam_has_it(name: str, value: Tensor) -> Union[Tensor, int]:

@@ -1,12 +1,13 @@
 """Soft labels for heads that know hard ones only: what stands in for the loss function inside mmseg's `CrossEntropyLoss`."""
 
-from contextlib import contextmanager
-from typing import Any, Callable, Iterator, NamedTuple, Optional
+from contextlib import ExitStack, contextmanager
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._check import describe, problem
+from .listening import shadowed
 
 Criterion = Callable[..., Tensor]
 
@@ -18,43 +19,89 @@ class _Lesson(NamedTuple):
     """(N, C, H, W)."""
 
 
-class Teaching:
-    """What the heads' criteria compute at present, shared by all of them: the host's loss, soft labels, or an outer loss."""
+class TaughtHeads:
+    """A student's heads, whose criteria compute at present, all alike: the host's loss, that of soft labels, or an outer loss.
 
-    def __init__(self) -> None:
-        self.lesson: Optional[_Lesson] = None
-        self.judge: Optional[Criterion] = None
+    Args:
+        losses: the heads' own, see `teachable_losses`.
+    """
+
+    def __init__(self, losses: Sequence[nn.Module]) -> None:
+        self.losses = losses
+        self._lesson: Optional[_Lesson] = None
+        self._judge: Optional[Criterion] = None
+        self._taught = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, the next two have an effect on the heads."""
+        with ExitStack() as stack:
+            for loss in self.losses:
+                stack.enter_context(shadowed(loss, "cls_criterion", self.criterion))
+            yield
 
     @contextmanager
     def soft(self, hard_label: Tensor, soft_label: Tensor) -> Iterator[None]:
-        """Inside, heads that are given `hard_label` (N, 1, H, W), or a window of it, learn `soft_label` (N, C, H, W)."""
-        self.lesson = _Lesson(hard_label, soft_label)
+        """Inside, heads that are given `hard_label` (N, 1, H, W), or a window of it, learn `soft_label` (N, C, H, W).
+
+        Raises:
+            RuntimeError: no head has asked its criterion for a loss, so that the student did not learn these labels.
+        """
+        self._lesson, self._taught = _Lesson(hard_label, soft_label), False
         try:
             yield
         finally:
-            self.lesson = None
+            self._lesson = None
+        if not self._taught:
+            raise problem(
+                "uda.dacal",
+                expected="heads that ask their loss_decode.cls_criterion for the loss",
+                got="a pass of the student in which none did",
+                remedy="use mmseg's CrossEntropyLoss, or labels='hard', every=0",
+                error=RuntimeError,
+            )
 
     @contextmanager
     def judged(self, loss: Optional[Criterion]) -> Iterator[None]:
         """Inside, heads compute `loss(logits, label, weight)`; None: the host's own loss."""
-        self.judge = loss
+        self._judge = loss
         try:
             yield
         finally:
-            self.judge = None
+            self._judge = None
 
     def criterion(self, host: Criterion) -> Criterion:
         """What to put in the place of `host`, the criterion of one head's loss."""
 
         def criterion(logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, **options: Any) -> Tensor:
-            if self.judge is not None:
-                return self.judge(logits, label, weight)
-            if self.lesson is None:
+            if self._judge is not None:
+                return self._judge(logits, label, weight)
+            if self._lesson is None:
                 return host(logits, label, weight, **options)
-            soft_label = window_like(label, self.lesson.hard_label, self.lesson.soft_label)
+            self._taught = True
+            soft_label = window_like(label, self._lesson.hard_label, self._lesson.soft_label)
             return soft_label_loss(logits, soft_label, weight, **options)
 
         return criterion
+
+
+def teachable_losses(student: nn.Module) -> List[nn.Module]:
+    """The losses of the student's heads that can be taught soft labels.
+
+    Raises:
+        ValueError: the decode head's loss is none of them.
+    """
+    losses = [module for module in student.modules() if "cls_criterion" in vars(module)]
+    own: Any = getattr(getattr(student, "decode_head", None), "loss_decode", None)
+    sigmoid = getattr(own, "use_sigmoid", False) or getattr(own, "use_mask", False)
+    if own is None or own not in losses or sigmoid:
+        raise problem(
+            "uda.dacal",
+            expected="model.decode_head.loss_decode: dict(type='CrossEntropyLoss', use_sigmoid=False)",
+            got=f"{type(own).__name__}{' with sigmoid or mask' if sigmoid else ''}",
+            remedy="use the softmax cross-entropy, or labels='hard', every=0",
+        )
+    return losses
 
 
 def soft_label_loss(

@@ -1,48 +1,58 @@
 """What `uda.dacal` in a host's config may say."""
 
-from typing import Any, Mapping, NamedTuple, Optional
+from typing import Any, Mapping, NamedTuple, Optional, Union
 
 from .._check import check_choice, check_number, check_whole, describe, problem
 from ..engines import ENGINES
-from ..outer_sets import OUTER_SETS
+from ..learners import DEFAULT_LEARNER, JUDGED_SETS, LEARNERS
+from ..losses import OUTER_LOSSES
 
 LABELS = ("soft", "hard")
-LEARN = ("fit", "bilevel")
-OUTER_LOSSES = ("host", "cross_entropy_and_gap")
 
 
-class Options(NamedTuple):
+class HostOptions(NamedTuple):
     """The keys of `uda.dacal` and their defaults, which are meant for a run of 40,000 iterations."""
 
     labels: str = "soft"
     """What the student is taught on target pixels: "soft", softmax(z / T), or "hard", the host's own pseudo-labels."""
-    learn: str = "fit"
-    """How the temperatures learn: "fit", directly, on blends of target images (`TemperatureFit`), by a net that sees
-    a pixel's confidence alone; or "bilevel", the paper's meta-step, by a net that sees all log-probabilities of its
-    neighbourhood."""
+    learn: str = DEFAULT_LEARNER
+    """How the temperatures learn, a name in `LEARNERS`: "fit", directly, on blends of target images (`TemperatureFit`), by a
+    net that sees a pixel's confidence alone; or "bilevel", the paper's meta-step, by a net that sees all log-probabilities of
+    its neighbourhood."""
     every: int = 1
     """Learn the temperatures at every k-th iteration after the warm-up; 0: never, T stays as it is."""
     warmup_iters: Optional[int] = None
     """Iterations before the temperatures first learn. None: 0 with learn="fit"; 3000 with "bilevel", twice the hosts'
     learning-rate warm-up, since an untrained student would only ask for sharper labels (see `BilevelCalibrationStep`)."""
     meta_lr: Optional[float] = None
-    """Learning rate of Adam for the temperature net. None: 2e-3 with learn="fit", 3e-4 with "bilevel"."""
+    """Learning rate of Adam for the temperature net. None: the learner's own, 2e-3 with learn="fit", 3e-4 with "bilevel"."""
+    judged_set: Optional[str] = None
+    """On which images temperatures are judged, a name in `JUDGED_SETS`. None: the learner's own, with "fit" blends of target
+    images, with "bilevel" the complementary mix."""
+    outer_loss: str = "host"
+    """How they are judged: "host", with "bilevel" the losses of the host's heads, with "fit" plain cross-entropy; or a name in
+    `OUTER_LOSSES`, with "bilevel" at each of the heads."""
     engine: str = "auto"
     """Of `hypergradient`. "auto" is "forward", or "finite_difference" where that is not possible, as before torch 2.0. This and
-    the next two matter for learn="bilevel" alone."""
-    outer_set: str = "source_and_target_pixels"
-    """What the virtually updated student is judged on, see `BilevelCalibrationStep`."""
-    outer_loss: str = "host"
-    """How: "host", the losses of the host's heads, or "cross_entropy_and_gap", at each of its heads."""
+    the next matter for learn="bilevel" alone."""
+    clip_norm: Optional[float] = None
+    """The `max_norm` of the host's `clip_grad_norm_`, if it clips the student's gradients (`optimizer_config.grad_clip`; 5 in
+    DIFF)."""
     hidden_channels: int = 16
     """Of the temperature net, as the next two."""
     initial_temperature: float = 1.0
     max_ratio: float = 5.0
+    base: Optional[str] = None
+    """The host's class, for forks whose `DACS` has another name or place: 'module.Class', or the name under which it is in the
+    registry UDA. None: mmseg.models.uda.dacs.DACS."""
+    logits_of: Union[int, str, None] = None
+    """Which entry of what the teacher's `encode_decode` returns are the logits, an index or a key, where more than one could
+    be. None: the only one with as many channels as there are classes."""
     restore_teacher: bool = False
     """Upstream's checkpoints lack the iteration counter, so that a resumed run begins with a teacher equal to the student.
     True: go on with the checkpoint's teacher and counter."""
     seed: int = 0
-    """Of the generator that pairs images for blends, with learn="bilevel" of that for outer sets that draw."""
+    """Of the generator that pairs images for blends."""
 
     @property
     def off(self) -> bool:
@@ -54,17 +64,15 @@ class Options(NamedTuple):
         """`warmup_iters`, or what stands for None."""
         if self.warmup_iters is not None:
             return self.warmup_iters
-        return 0 if self.learn == "fit" else 3000
+        return 3000 if self.learn == "bilevel" else LEARNERS[self.learn].defaults.warmup
 
     @property
     def learning_rate(self) -> float:
         """`meta_lr`, or what stands for None."""
-        if self.meta_lr is not None:
-            return self.meta_lr
-        return 2e-3 if self.learn == "fit" else 3e-4
+        return self.meta_lr if self.meta_lr is not None else LEARNERS[self.learn].defaults.learning_rate
 
 
-def parse(config: Mapping[str, Any]) -> Options:
+def parse(config: Mapping[str, Any]) -> HostOptions:
     """Check `uda.dacal`.
 
     Raises:
@@ -83,15 +91,26 @@ def parse(config: Mapping[str, Any]) -> Options:
         remedy = "write dacal=dict(labels='soft')"
         raise problem(name, expected="a dict", got=describe(config), remedy=remedy, error=TypeError)
     for key in config:
-        if key not in Options._fields:
-            expected = f"keys among {', '.join(Options._fields)}"
+        if key not in HostOptions._fields:
+            expected = f"keys among {', '.join(HostOptions._fields)}"
             raise problem(name, expected=expected, got=repr(key), remedy="mend or remove it")
-    options = Options(**config)
+    options = HostOptions(**config)
+    _check_choices(name, options)
+    _check_numbers(name, options)
+    _check_kinds(name, options)
+    return options
+
+
+def _check_choices(name: str, options: HostOptions) -> None:
     check_choice(name, "labels", options.labels, LABELS)
-    check_choice(name, "learn", options.learn, LEARN)
+    check_choice(name, "learn", options.learn, tuple(LEARNERS))
     check_choice(name, "engine", options.engine, ENGINES)
-    check_choice(name, "outer_set", options.outer_set, tuple(OUTER_SETS))
-    check_choice(name, "outer_loss", options.outer_loss, OUTER_LOSSES)
+    check_choice(name, "outer_loss", options.outer_loss, ("host", *OUTER_LOSSES))
+    if options.judged_set is not None:
+        check_choice(name, "judged_set", options.judged_set, tuple(JUDGED_SETS))
+
+
+def _check_numbers(name: str, options: HostOptions) -> None:
     for key, value, low in (
         ("every", options.every, 0),
         ("warmup_iters", options.warmup, 0),
@@ -99,15 +118,26 @@ def parse(config: Mapping[str, Any]) -> Options:
         ("seed", options.seed, 0),
     ):
         check_whole(name, key, value, low=low)
-    for key, number in (
-        ("meta_lr", options.learning_rate),
-        ("initial_temperature", options.initial_temperature),
-        ("max_ratio", options.max_ratio),
-    ):
+    numbers = {key: getattr(options, key) for key in ("initial_temperature", "max_ratio")}
+    numbers["meta_lr"] = options.learning_rate
+    if options.clip_norm is not None:
+        numbers["clip_norm"] = options.clip_norm
+    for key, number in numbers.items():
         if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise problem(name, expected=f"{key}: a number", got=repr(number), remedy=f"leave it at {Options()._asdict()[key]}")
-    check_number(name, "meta_lr", options.learning_rate, low=0.0, rule=">= 0")
+            remedy = f"leave it at {HostOptions()._asdict()[key]}"
+            raise problem(name, expected=f"{key}: a number", got=repr(number), remedy=remedy)
+    check_number(name, "meta_lr", numbers["meta_lr"], low=0.0, rule=">= 0")
+    check_number(name, "clip_norm", numbers.get("clip_norm", 1.0), low=1e-30, rule="> 0, the host's max_norm")
+
+
+def _check_kinds(name: str, options: HostOptions) -> None:
     if not isinstance(options.restore_teacher, bool):
         remedy = "write restore_teacher=True"
         raise problem(name, expected="restore_teacher: True or False", got=repr(options.restore_teacher), remedy=remedy)
-    return options
+    if options.base is not None and not isinstance(options.base, str):
+        remedy = "write base='mmseg.models.uda.dacs_infer.gta2csDACS'"
+        raise problem(name, expected="base: 'module.Class' or 'Class'", got=repr(options.base), remedy=remedy)
+    entry = options.logits_of
+    if entry is not None and (isinstance(entry, bool) or not isinstance(entry, (int, str))):
+        remedy = "write logits_of=0, or logits_of='out'"
+        raise problem(name, expected="logits_of: an index or a key", got=repr(entry), remedy=remedy)

@@ -12,5 +12,8 @@ class Registry:
 
         return register
 
+    def get(self, name):
+        return self.classes.get(name)
+
 
 UDA = Registry()

@@ -96,3 +96,36 @@ class HRDAEncoderDecoder(EncoderDecoder):
         losses["decode.hr.loss_seg"] = detail["loss_seg"] * self.share
         del self.decode_head.hr_crop_box
         return losses
+
+
+class LevelsEncoderDecoder(EncoderDecoder):
+    """CoDA's: all passes but the source's take levels."""
+
+    def extract(self, img, levels):
+        x = self.backbone(img)
+        return x if levels is None else x * (1 + 0.1 * levels)
+
+    def encode_decode(self, img, img_metas, upscale_pred=True, levels=None):
+        assert levels is not None
+        logits = self.decode_head(self.extract(img, levels))
+        return F.interpolate(logits, size=img.shape[2:], mode="bilinear", align_corners=False)
+
+    def forward_train(self, img, img_metas, gt_semantic_seg, seg_weight=None, return_feat=False, levels=None):
+        assert levels is not None or seg_weight is None
+        x = self.extract(img, levels)
+        losses = {"features": [x]} if return_feat else {}
+        losses.update({f"decode.{k}": v for k, v in self.decode_head.forward_train(x, gt_semantic_seg, seg_weight).items()})
+        return losses
+
+
+class StagedEncoderDecoder(EncoderDecoder):
+    """PiPa's: a stage first, and features beside the logits."""
+
+    def encode_decode(self, img, img_metas):
+        x = self.backbone(img)
+        logits = F.interpolate(self.decode_head(x), size=img.shape[2:], mode="bilinear", align_corners=False)
+        return logits, x
+
+    def forward_train(self, stage, img, img_metas, gt_semantic_seg, seg_weight=None, return_feat=False):
+        assert stage == (1 if seg_weight is None else 2)
+        return super().forward_train(img, img_metas, gt_semantic_seg, seg_weight, return_feat)

@@ -3,37 +3,13 @@
 import random
 from copy import deepcopy
 
-import numpy as np
 import torch
 from torch import nn
 
 from mmseg.models import UDA
+from mmseg.models.masks import get_class_masks, mixed, pseudo_labels
 from mmseg.models.segmentors import EncoderDecoder, HRDAEncoderDecoder
-
-
-def get_class_masks(labels):
-    masks = []
-    for label in labels:
-        classes = torch.unique(labels)
-        chosen = np.random.choice(len(classes), (len(classes) + 1) // 2, replace=False)
-        masks.append(sum((label == classes[i]).long() for i in chosen).unsqueeze(0))
-    return masks
-
-
-def pseudo_labels(logits, threshold):
-    confidence, label = torch.softmax(logits.detach(), 1).max(1)
-    return label, (confidence >= threshold).float().mean().item() * torch.ones(confidence.shape)
-
-
-class Teacher(nn.Module):
-    """MIC's own teacher for masked images."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.ema_model = deepcopy(model)
-
-    def get_ema_model(self):
-        return self.ema_model
+from mmseg.models.uda.teacher import Teacher, update_ema
 
 
 class MaskingConsistencyModule(nn.Module):
@@ -68,13 +44,6 @@ class DACS(nn.Module):
         optimizer.step()
         return {"log_vars": log_vars}
 
-    def _update_ema(self):
-        alpha = min(1 - 1 / (self.local_iter + 1), self.alpha) if self.local_iter else 0.0
-        with torch.no_grad():
-            for average, parameter in zip(self.ema_model.parameters(), self.model.parameters()):
-                average.requires_grad_(False)
-                average.mul_(alpha).add_(parameter, alpha=1 - alpha)
-
     def _descend(self, losses, prefix, log_vars):
         losses.pop("features", None)
         values = {name: value.mean() for name, value in losses.items()}
@@ -83,7 +52,9 @@ class DACS(nn.Module):
 
     def forward_train(self, img, img_metas, gt_semantic_seg, target_img, target_img_metas, valid_pseudo_mask=None):
         log_vars = {}
-        self._update_ema()
+        update_ema(self.ema_model, self.model, self.local_iter, self.alpha)
+        if self.mic is not None and self.mic.teacher is not None:
+            self.mic.teacher.update_weights(self.model, self.local_iter)
         gain = random.uniform(0.9, 1.1)  # stands for colour jitter
         self._descend(self.get_model().forward_train(img, img_metas, gt_semantic_seg, return_feat=True), "", log_vars)
         for module in self.get_ema_model().modules():
@@ -96,9 +67,9 @@ class DACS(nn.Module):
             weight = weight * valid_pseudo_mask.squeeze(1)
         masks = get_class_masks(gt_semantic_seg)
         m = torch.cat(masks)
-        mixed_img = gain * (m * img + (1 - m) * target_img)
-        mixed_label = m * gt_semantic_seg + (1 - m) * label.unsqueeze(1)
-        mixed_weight = m[:, 0] + (1 - m[:, 0]) * weight
+        mixed_img = gain * mixed(m, img, target_img)
+        mixed_label = mixed(m, gt_semantic_seg, label.unsqueeze(1))
+        mixed_weight = mixed(m[:, 0], torch.ones(()), weight)
         losses = self.get_model().forward_train(mixed_img, img_metas, mixed_label, mixed_weight, return_feat=True)
         self._descend(losses, "mix.", log_vars)
         if self.mic is not None:
