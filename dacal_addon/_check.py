@@ -37,9 +37,11 @@ def check_logits(function: str, name: str, value: object, *, num_classes: Option
     """`value` must be a floating tensor N x C x H x W, with C = `num_classes` where that is given."""
     channels = "C >= 2" if num_classes is None else f"C = {num_classes}"
     expected = f"a floating tensor (N, C, H, W) with {channels}"
-    x = check_tensor(function, name, value, expected=expected, remedy="pass the network's output before softmax")
+    x = check_tensor(function, name, value, expected=expected, remedy="pass the logits out of the network's output")
     if x.dim() != 4 or not x.is_floating_point() or x.shape[1] < 2 or num_classes not in (None, x.shape[1]):
         remedy = "pass the network's output before softmax, one channel per class"
+        if num_classes is not None and x.dim() == 4 and x.is_floating_point():
+            remedy = f"say num_classes={x.shape[1]}, or pass logits of {num_classes} classes"
         raise problem(function, expected=f"{name}: {expected}", got=describe(x), remedy=remedy)
 
 

@@ -211,7 +211,7 @@ def _check_size(function: str, logits: Tensor, label: Tensor) -> None:
     if (n, h, w) != (logits.shape[0], *logits.shape[-2:]):
         remedy = "pass logits and label of the same images"
         if n == logits.shape[0]:
-            remedy = "interpolate them: F.interpolate(logits, size=label.shape[-2:], mode='bilinear', align_corners=False)"
+            remedy = f"interpolate them: F.interpolate(logits, size={(h, w)}, mode='bilinear', align_corners=False)"
         expected = f"logits at the resolution of the label, {(n, 'C', h, w)}"
         raise problem(function, expected=expected, got=describe(logits), remedy=remedy)
 

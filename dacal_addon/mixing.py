@@ -4,7 +4,7 @@ A mask is bool (N, 1, H, W), True where the pixel is the source's; `complement` 
 """
 
 import math
-from typing import Sequence, Tuple, Union
+from typing import Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -97,7 +97,7 @@ def complement(mask: Tensor) -> Tensor:
         >>> complement(torch.tensor([True, False]).view(1, 1, 1, 2)).flatten().tolist()
         [False, True]
     """
-    _check_mask("complement", mask)
+    check_mask("complement", mask)
     return ~mask
 
 
@@ -123,7 +123,7 @@ def mix(mask: Tensor, source: Tensor, target: Tensor, *, ignore_index: int = 255
         >>> mix(mask, hard, soft)[0, :, 0].T.tolist()
         [[0.0, 1.0], [0.5, 0.5]]
     """
-    _check_mask("mix", mask)
+    check_mask("mix", mask)
     for name, side in (("source", source), ("target", target)):
         expected = f"{name}: (N, K, H, W) or (N, H, W) with the mask's N, H, W = {_pixels(mask)}"
         check_tensor("mix", name, side, expected=expected, remedy="pass tensors")
@@ -191,8 +191,12 @@ def _pixels(tensor: Tensor) -> Sequence[int]:
     return (tensor.shape[0], *tensor.shape[-2:])
 
 
-def _check_mask(function: str, mask: object) -> None:
+def check_mask(function: str, mask: object, *, size: Optional[Tuple[int, int, int]] = None) -> None:
+    """`mask` must be a bool tensor (N, 1, H, W), of the size (N, H, W) where one is given."""
     expected = "mask: a bool tensor (N, 1, H, W), True = source pixel"
     x = check_tensor(function, "mask", mask, expected=expected, remedy="use class_mask or cut_mask")
     if x.dtype != torch.bool or x.dim() != 4 or x.shape[1] != 1:
         raise problem(function, expected=expected, got=describe(x), remedy="use class_mask or cut_mask, or mask > 0.5")
+    if size is not None and tuple(_pixels(x)) != tuple(size):
+        n, h, w = size
+        raise problem(function, expected=f"mask: a bool tensor {(n, 1, h, w)}", got=describe(x), remedy="draw it for the label")

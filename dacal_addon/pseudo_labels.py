@@ -65,8 +65,10 @@ def soft_label(logits: Tensor, temperature: Tensor) -> Tensor:
     t = check_tensor("soft_label", "temperature", temperature, expected=expected, remedy="use MetaTemperatureNet")
     if t.shape != (n, 1, h, w):
         raise problem("soft_label", expected=expected, got=describe(t), remedy="one temperature per pixel")
-    z = logits.detach().clamp(min=LOGIT_FLOOR)  # also a copy: what `torch.inference_mode` made cannot be part of a graph
-    return F.softmax((z if z.dtype == torch.float64 else z.float()) / t, dim=1)
+    z = logits.detach()
+    z = (z if z.dtype == torch.float64 else z.float()).clamp(min=LOGIT_FLOOR)
+    # The clamp is a copy, too: what `torch.inference_mode` made cannot be part of a graph.
+    return F.softmax(z / t, dim=1)
 
 
 def confidence_weight(logits: Tensor, *, mode: str = "ratio", threshold: float = 0.968) -> Tensor:
@@ -170,7 +172,7 @@ class SoftPseudoLabeler:
         Raises:
             ValueError, TypeError: inputs of another shape or kind.
         """
-        z = _without_class(teacher_logits, ignore_index)
+        z = without_class("SoftPseudoLabeler", teacher_logits, ignore_index)
         if self.temperature_net is None:
             temperature = torch.ones_like(z[:, :1], dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
         elif features is None:
@@ -187,7 +189,7 @@ class SoftPseudoLabeler:
         self, teacher_logits: Tensor, *, valid: Optional[Tensor] = None, ignore_index: int = 255
     ) -> Tuple[Tensor, Tensor]:
         """(`pseudo_label`, `weight`) of the same call, which do not need the temperatures."""
-        return self._hard_labels(_without_class(teacher_logits, ignore_index), valid, ignore_index)
+        return self._hard_labels(without_class("SoftPseudoLabeler", teacher_logits, ignore_index), valid, ignore_index)
 
     def _hard_labels(self, z: Tensor, valid: Optional[Tensor], ignore_index: int) -> Tuple[Tensor, Tensor]:
         pseudo_label, weight = z.argmax(1), confidence_weight(z, mode=self.weight, threshold=self.threshold)
@@ -204,9 +206,15 @@ class SoftPseudoLabeler:
         return pseudo_label, weight
 
 
-def _without_class(teacher_logits: Tensor, ignore_index: int) -> Tensor:
-    """The logits, detached; where `ignore_index` is a class, they rule it out."""
-    check_logits("SoftPseudoLabeler", "teacher_logits", teacher_logits)
+def without_class(function: str, teacher_logits: Tensor, ignore_index: int) -> Tensor:
+    """A teacher's logits, detached; where `ignore_index` is a class, they rule it out.
+
+    Example:
+        >>> z = torch.tensor([9.0, 1.0]).view(1, 2, 1, 1)
+        >>> without_class("f", z, 0).argmax(1).item(), without_class("f", z, 255).argmax(1).item()
+        (1, 0)
+    """
+    check_logits(function, "teacher_logits", teacher_logits)
     z = teacher_logits.detach()
     if 0 <= ignore_index < z.shape[1]:
         z = z.clone()

@@ -140,6 +140,7 @@ class DACal:
             ValueError, TypeError: tensors that do not fit each other; nothing has changed then.
         """
         learner = self.learner
+        learner.check_batch(source_image, source_label, target_image, teacher_image=teacher_image, mask=mask)
         logits, features = learner.ask_teacher(self.teacher, target_image if teacher_image is None else teacher_image)
         if mask is None:
             mask = class_mask(source_label, generator=learner.generator, ignore_index=learner.ignore_index)

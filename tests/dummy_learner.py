@@ -13,4 +13,4 @@ class TowardsTwo(Learner):
     def gradient(self, iteration):
         temperature = iteration.label().temperature
         loss = (temperature.log() - math.log(2)).pow(2).mean()
-        return Learned(torch.autograd.grad(loss, self._parameters), temperature, float(loss.detach()))
+        return Learned(torch.autograd.grad(loss, self.meta_parameters), temperature, outer_loss_before=float(loss.detach()))

@@ -366,9 +366,9 @@ def replaced(**changes):
         (
             lambda: make(logits_of=lambda output: [output])(**batch()),
             TypeError,
-            r"logits \(N, C, H, W\), got list of float32 \(2, 4, 4, 4\); say where .*\[0\]",
+            r"logits \(N, C, H, W\), got list of 0: float32 \(2, 4, 4, 4\); say .*\[0\]",
         ),
-        (lambda: make().load_state_dict({"iteration": 3}), ValueError, r"a dict without generator, meta_optimizer"),
+        (lambda: make().load_state_dict({"iteration": 3}), ValueError, r"a dict without generator, learner, meta_optimizer"),
     ],
 )
 def test_errors_name_expected_got_and_remedy(run, error, expected):

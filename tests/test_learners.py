@@ -168,10 +168,10 @@ def test_networks_may_return_what_they_like(kind, pack):
         (
             PACKS["dictionary"][0],
             TypeError,
-            r"got dict of 'aux': float32 \(2, 4, 4, 4\), 'out': .*logits_of=lambda out: out\['aux'\]",
+            r"got dict of 'aux': float32 .*: logits_of=lambda out: out\['aux'\], or out\['out'\]",
         ),
-        (PACKS["tuple"][0], TypeError, r"got tuple of float32 .*say where the logits are: logits_of=lambda out: out\[0\]"),
-        (PACKS["object"][0], TypeError, r"got Output of loss: NoneType, logits: float32 .*logits_of=lambda out: out.logits"),
+        (PACKS["tuple"][0], TypeError, r"got tuple of 0: float32 .*logits_of=lambda out: out\[0\], or out\[1\]"),
+        (PACKS["object"][0], TypeError, r"got Output of 'loss': NoneType, 'logits': .*logits_of=lambda out: out.logits"),
         (lambda z, f: z.argmax(1), ValueError, r"logits: a floating tensor \(N, C, H, W\) or of a lower resolution, got int64"),
         (lambda z, f: None, TypeError, r"got NoneType; say with logits_of where the logits are"),
     ],
@@ -349,3 +349,46 @@ def test_the_teachers_view_of_the_target_is_what_the_teacher_is_asked_about(kind
     assert torch.equal(asked[0], view)
     assert all(bool((image >= 5).all()) for image in asked)
     assert (len(asked) == 2) == (kind is TemperatureFit)
+
+
+@pytest.mark.parametrize("ignored", [0, 2])
+def test_the_fit_never_asks_for_an_ignored_class(ignored):
+    """A teacher that is sure of it teaches the same temperatures as one that has ruled it out."""
+    nets = []
+    for far in (100.0, -math.inf):
+        teacher = Network(lambda z, f, far=far: z.index_fill(1, torch.tensor([ignored]), far)).eval()
+        data = batch()
+        data["source_label"][data["source_label"] == 255] = ignored
+        learner = made(TemperatureFit, ignore_index=ignored, generator=generator(1))
+        for _ in range(3):
+            assert learner(**data, teacher=teacher).skipped is None
+        nets.append(state(learner.temperature_net))
+    assert all(torch.allclose(nets[0][name], nets[1][name]) for name in nets[0])
+
+
+def test_a_state_of_another_kind_is_refused_whole():
+    """Of another learner with a net of the same shape, and of another optimizer: nothing has moved then."""
+    fit = made(TemperatureFit)
+    fit(**batch(), teacher=Network())
+    saved = copy.deepcopy(fit.state_dict())
+    step = made(BilevelCalibrationStep)
+    with pytest.raises(ValueError, match="expected the state of a BilevelCalibrationStep, got that of a TemperatureFit"):
+        step.load_state_dict(saved)
+    net = MetaTemperatureNet(4, generator=generator(9))
+    other = TemperatureFit(SoftPseudoLabeler(net), meta_optimizer=torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9))
+    untouched = state(net)
+    with pytest.raises(ValueError, match=r"expected the state of a SGD of the temperature net, got another one \(its settings"):
+        other.load_state_dict(saved)
+    assert same(state(net), untouched)
+    assert other.meta_optimizer.param_groups[0]["lr"] == 0.5
+    assert other.meta_optimizer.param_groups[0]["momentum"] == 0.9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_of_probabilities_is_told_from_an_unsure_one(kind):
+    uniform = torch.full((2, 4, 8, 8), 0.25)
+    result = made(kind, weight="threshold", threshold=0.9)(**batch(), teacher_logits=uniform, teacher=Network())
+    assert "no confidence reaches threshold=0.9" in str(result.skipped)
+    assert "probabilities" in str(result.skipped)
+    result = made(kind, weight="threshold", threshold=0.9)(**batch(), teacher_logits=4 * uniform, teacher=Network())
+    assert "probabilities" not in str(result.skipped)

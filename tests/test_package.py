@@ -102,7 +102,7 @@ device, student, teacher = "cpu", nn.Conv2d(3, 19, 1), nn.Conv2d(3, 19, 1)
 teacher.weight.data *= 100  # confident, so that its labels have weight
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
 loader = [(torch.rand(2, 3, 16, 16), torch.randint(0, 19, (2, 16, 16)), torch.rand(2, 3, 16, 16))] * 3
-updates = []
+updates, checkpoint = [], {"student": student.state_dict()}
 update_teacher = lambda teacher, student: updates.append(1)
 """
     scope = {}

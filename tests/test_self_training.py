@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import io
 
 import pytest
 import torch
@@ -98,6 +99,8 @@ for source_image, source_label, target_image in loader:
     update(teacher, student)
 saved = {"student": student.state_dict(), "dacal": dacal.state_dict()}
 """
+# What the user's own script saves and restores of the rest.
+OWN = ("student", "teacher", "optimizer")
 
 
 def batches(n, first=0, size=32):
@@ -158,12 +161,17 @@ def test_a_wrapped_loop_learns_and_resumes_exactly(network, learner):
     torch.manual_seed(1)
     first["loader"] = first["loader"][:2]
     exec(WRAPPED, first)
-    # The user's own half of a checkpoint, and ours.
-    second = {**first, "loader": list(batches(2, first=2)), "saved": copy.deepcopy(first["saved"])}
-    assert set(second["saved"]) == {"student", "dacal"}
+    file = io.BytesIO()
+    torch.save({**{name: first[name].state_dict() for name in OWN}, "dacal": first["saved"]["dacal"]}, file)
+    file.seek(0)
+    random_state = torch.get_rng_state()
+    second = setting(*NETWORKS[network], **options)
+    second.update(loader=list(batches(2, first=2)), saved=torch.load(file))
+    for name in OWN:
+        second[name].load_state_dict(second["saved"][name])
+    torch.set_rng_state(random_state)
     exec(WRAPPED, second)
     resumed = second["dacal"].learner
-    assert resumed is not first["dacal"].learner
     assert resumed.iteration == 4
     for own, expected in zip(resumed.temperature_net.parameters(), net.parameters()):
         assert torch.equal(own, expected)
@@ -251,3 +259,18 @@ def test_mistakes_are_named():
         dacal(*scene["loader"][0])
     with pytest.raises(TypeError, match="got dict of 'aux': "):
         DACal(Dictionary(), Dictionary(), None, num_classes=CLASSES)(*scene["loader"][0])
+
+
+def test_a_batch_that_is_refused_has_asked_nobody():
+    scene = setting(Plain, None)
+    source_image, source_label, target_image = scene["loader"][0]
+    scene["teacher"].train()
+    dacal = DACal(scene["student"], scene["teacher"], None, num_classes=CLASSES)
+    before = copy.deepcopy(scene["teacher"].state_dict()), dacal.learner.generator.get_state()
+    for wrong in ({"mask": torch.ones(2, 1, 31, 32).bool()}, {"teacher_image": target_image[..., :-1]}):
+        with pytest.raises(ValueError, match=r"expected (mask: a bool|source and target)"):
+            dacal(source_image, source_label, target_image, **wrong)
+    with pytest.raises(ValueError, match=r"convert it with \.long"):
+        dacal(source_image, source_label.float(), target_image)
+    assert all(torch.equal(value, before[0][name]) for name, value in scene["teacher"].state_dict().items())
+    assert torch.equal(dacal.learner.generator.get_state(), before[1])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .._check import problem
 from ..learners import LEARNERS, BilevelCalibrationStep, CalibrationStepResult, Learner, Skip, SkipKind
+from ..learners.judged_sets import NEED_TWO_IMAGES
 from ..learners.networks import Network
 from ..pseudo_labels import SoftPseudoLabeler
 from ..temperature import MetaTemperatureNet
@@ -109,7 +110,7 @@ class Calibration:
     def check_batch(self, target: Tensor) -> None:
         """Refuse, also during the warm-up, what cannot be blended."""
         judged_set = self.options.judged_set or self.learner.defaults.judged_set
-        if self.options.every and judged_set.endswith("_blends") and len(target) < 2:
+        if self.options.every and judged_set in NEED_TWO_IMAGES and len(target) < 2:
             other = "learn='bilevel'" if self.options.judged_set is None else "judged_set='source_and_target_pixels'"
             expected = "batches of at least 2 target images to blend"
             remedy = f"use data.samples_per_gpu >= 2 or uda.dacal.{other}"

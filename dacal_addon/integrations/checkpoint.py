@@ -34,6 +34,7 @@ def restore(flat: Mapping[str, Tensor], learner: Learner) -> None:
             index, name = key[len(OPTIMIZER) :].split(".", 1)
             moments.setdefault(int(index), {})[name] = _as_adam_has_it(name, value)
     state: Dict[str, Any] = {
+        "learner": type(learner).__name__,  # no tensor could say it; another one's net has other shapes
         "temperature_net": {key[len(NET) :]: value.to(device) for key, value in flat.items() if key.startswith(NET)},
         "meta_optimizer": {"state": moments, "param_groups": learner.meta_optimizer.state_dict()["param_groups"]},
     }

@@ -1,15 +1,20 @@
 """Soft labels for heads that know hard ones only: what stands in for the loss function inside mmseg's `CrossEntropyLoss`."""
 
 from contextlib import ExitStack, contextmanager
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, Iterator, List, NamedTuple, Optional, Protocol, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._check import describe, problem
+from ..losses import OuterLoss
 from .listening import shadowed
 
-Criterion = Callable[..., Tensor]
+
+class Criterion(Protocol):
+    """The loss function inside a head's loss, as mmseg's `cross_entropy`; its options are the host's."""
+
+    def __call__(self, logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, **options: Any) -> Tensor: ...
 
 
 class _Lesson(NamedTuple):
@@ -29,7 +34,7 @@ class TaughtHeads:
     def __init__(self, losses: Sequence[nn.Module]) -> None:
         self.losses = losses
         self._lesson: Optional[_Lesson] = None
-        self._judge: Optional[Criterion] = None
+        self._judge: Optional[OuterLoss] = None
         self._taught = False
 
     @contextmanager
@@ -62,7 +67,7 @@ class TaughtHeads:
             )
 
     @contextmanager
-    def judged(self, loss: Optional[Criterion]) -> Iterator[None]:
+    def judged(self, loss: Optional[OuterLoss]) -> Iterator[None]:
         """Inside, heads compute `loss(logits, label, weight)`; None: the host's own loss."""
         self._judge = loss
         try:

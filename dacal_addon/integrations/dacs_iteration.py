@@ -43,7 +43,7 @@ def mask_modules(host: Any) -> List[Any]:
     return found
 
 
-class Batch(NamedTuple):
+class HostBatch(NamedTuple):
     """What the host's data loader gives."""
 
     image: Tensor
@@ -56,10 +56,10 @@ class Batch(NamedTuple):
     """(N, H, W) bool, False where the target's pseudo-labels must not be used."""
 
 
-class Iteration:
+class DacsIteration:
     """One call of the host's `forward_train`: listens to it, and at the student's passes learns and teaches."""
 
-    def __init__(self, host: Any, calibration: Calibration, batch: Batch) -> None:
+    def __init__(self, host: Any, calibration: Calibration, batch: HostBatch) -> None:
         calibration.check_batch(batch.target)
         calibration.to(batch.image.device)
         self.host, self.calibration, self.batch = host, calibration, batch

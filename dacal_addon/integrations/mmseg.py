@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .._check import problem
 from .calibration import Calibration
 from .criterion import TaughtHeads, teachable_losses
-from .dacs_iteration import Batch, Iteration, teachers_of
+from .dacs_iteration import DacsIteration, HostBatch, teachers_of
 from .options import HostOptions, parse
 from .teachers import setting_of
 
@@ -74,8 +74,8 @@ class Calibrated(nn.Module):
         if self._dacal is None:
             return host.forward_train(*arguments, **extra)
         valid = extra.get("valid_pseudo_mask")
-        batch = Batch(img, gt_semantic_seg[:, 0], target_img, None if valid is None else valid[:, 0] > 0)
-        iteration = Iteration(self, self._dacal, batch)
+        batch = HostBatch(img, gt_semantic_seg[:, 0], target_img, None if valid is None else valid[:, 0] > 0)
+        iteration = DacsIteration(self, self._dacal, batch)
         plotted = own.local_iter % own.debug_img_interval == 0
         with iteration.listening():
             log_vars = host.forward_train(*arguments, **extra)

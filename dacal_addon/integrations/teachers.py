@@ -1,12 +1,12 @@
 """The teacher of a host: the network inside of it, and the logits in what that returns."""
 
 import logging
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any, Optional, Tuple, Union
 
 from torch import Tensor
 
 from .._check import describe, problem
-from ..learners.networks import at_size
+from ..learners.networks import at_size, described, entries
 
 Entry = Union[int, str]
 
@@ -92,16 +92,16 @@ class TeacherLogits:
         return at_size("uda.dacal", "the teacher's logits", found.detach(), size)
 
     def _taken(self, answer: Any) -> Any:
-        entries = _entries(answer)
+        inside = entries(answer)
         if self.entry is None:
-            candidates = [name for name, value in entries.items() if self._is_logits(value)]
+            candidates = [name for name, value in inside.items() if self._is_logits(value)]
             if len(candidates) != 1:
                 raise self._problem(answer, answer)
             (self.entry,) = candidates
-            self._logger.info("dacal: the teacher's logits are entry %r of the %s", self.entry, _described(answer))
-        if self.entry not in entries:
+            self._logger.info("dacal: the teacher's logits are entry %r of the %s", self.entry, described(answer))
+        if self.entry not in inside:
             raise self._problem(answer, answer)
-        return entries[self.entry]
+        return inside[self.entry]
 
     def _is_logits(self, value: Any) -> bool:
         return (
@@ -109,27 +109,15 @@ class TeacherLogits:
         )
 
     def _problem(self, answer: Any, found: Any) -> Exception:
-        entries = _entries(answer)
-        like = [name for name, value in entries.items() if self._is_logits(value)]
+        inside = entries(answer)
+        like = [name for name, value in inside.items() if self._is_logits(value)]
         remedy = "mend the teacher's encode_decode, or set labels='hard', every=0"
         if like:
             remedy = f"say which entry is meant, for example uda.dacal.logits_of={like[0]!r}"
-        got = _described(answer)
+        got = described(answer)
         if found is not answer:
             got = f"{describe(found)} as entry {self.entry!r} of the {got}"
-        elif entries and self.entry is not None:
+        elif inside and self.entry is not None:
             got = f"no entry {self.entry!r} in the {got}"
         expected = f"the teacher's encode_decode to return logits (N, {self.num_classes}, h, w), alone or as one entry"
         return problem("uda.dacal", expected=expected, got=got, remedy=remedy, error=TypeError)
-
-
-def _entries(answer: Any) -> Dict[Entry, Any]:
-    if hasattr(answer, "items"):
-        return dict(answer.items())
-    return dict(enumerate(answer)) if isinstance(answer, (list, tuple)) else {}
-
-
-def _described(answer: Any) -> str:
-    """What was returned, one level deep."""
-    parts = ", ".join(f"{name!r}: {describe(value)}" for name, value in _entries(answer).items())
-    return f"{describe(answer)} of {parts}" if parts else describe(answer)

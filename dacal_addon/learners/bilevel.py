@@ -133,7 +133,7 @@ class BilevelCalibrationStep(Learner):
             self.student,
             lambda f: self.loss_on_mixed(f, mixed.image, mixed.soft_label(), mixed.weight),
             lambda f: self.loss_on_judged(f, judged),
-            self._parameters,
+            self.meta_parameters,
             optimizer=optimizer,
             engine=self.engine,
             update_rule=self.update_rule,
@@ -145,12 +145,11 @@ class BilevelCalibrationStep(Learner):
         return Learned(
             result.grads,
             mixed.labels.temperature,
-            float(result.outer_loss_before),
-            float(result.outer_loss_after),
-            result.engine,
-            float(result.inner_loss),
-            self.measure_before,
-            has_zero_step(optimizer, self.student.parameters()),
+            outer_loss_before=float(result.outer_loss_before) if self.measure_before else None,
+            outer_loss_after=float(result.outer_loss_after),
+            engine=result.engine,
+            inner_loss=float(result.inner_loss),
+            no_step=has_zero_step(optimizer, self.student.parameters()),
         )
 
     def train_student(self, iteration: Iteration) -> float:

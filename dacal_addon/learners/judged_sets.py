@@ -86,7 +86,7 @@ def target_blends(
     """
     n = batch.target_image.shape[0]
     if n < 2:
-        remedy = "use a larger batch or another judged set"
+        remedy = "use a larger batch (also the last one: drop_last=True) or another judged set, as learner='bilevel' has"
         raise problem("target_blends", expected="at least 2 target images to blend", got=f"{n}", remedy=remedy)
     image, label = blend_pairs(
         batch.target_image,
@@ -113,6 +113,8 @@ def usable(batch: DomainBatch) -> Tensor:
     return batch.pseudo_label.masked_fill(batch.weight == 0, batch.ignore_index)
 
 
+NEED_TWO_IMAGES = ("target_blends", "differing_blends")
+"""Names of the judged sets that blend images of one batch."""
 JUDGED_SETS: Dict[str, JudgedSet] = {
     "source_and_target_pixels": source_and_target_pixels,
     "source_pixels": source_pixels,

@@ -4,6 +4,7 @@ A learner says in `gradient` which way the temperature net should go; everything
 with a subclass of `Learner` (`CONTRIBUTING.md`).
 """
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from functools import partial
@@ -24,7 +25,7 @@ from .._check import (
     problem,
 )
 from ..losses import OUTER_LOSSES, OuterLoss, is_mean_over_labelled
-from ..mixing import class_mask, mix
+from ..mixing import check_mask, class_mask
 from ..preserve import preserved
 from ..pseudo_labels import SoftPseudoLabeler, SoftPseudoLabels
 from ..ranks import Ranks
@@ -80,12 +81,11 @@ class Learned(NamedTuple):
     """One a trainable parameter of the temperature net, the same on every rank."""
     temperature: Tensor
     """The temperatures that were used, any shape."""
-    outer_loss_before: float
-    outer_loss_after: float = math.nan
+    outer_loss_before: Optional[float] = None
+    """As in `CalibrationStepResult`, likewise the next ones; None where it was not measured."""
+    outer_loss_after: Optional[float] = None
     engine: str = ""
     inner_loss: float = math.nan
-    measured_before: bool = True
-    """Whether `outer_loss_before` means anything."""
     no_step: bool = False
     """Whether a gradient of zero comes from a student that does not move."""
 
@@ -173,7 +173,7 @@ class Learner(ABC):
             got = f"{describe(labeler)} with {describe(net)}" if isinstance(labeler, SoftPseudoLabeler) else describe(labeler)
             remedy = "SoftPseudoLabeler(MetaTemperatureNet(num_classes))"
             raise problem(name, expected=expected, got=got, remedy=remedy, error=TypeError)
-        self._parameters = check_owner(name, "meta_optimizer", meta_optimizer, net, of="labeler.temperature_net")
+        self.meta_parameters = check_owner(name, "meta_optimizer", meta_optimizer, net, of="labeler.temperature_net")
         self.labeler = labeler
         self.temperature_net = net
         self.meta_optimizer = meta_optimizer
@@ -234,7 +234,8 @@ class Learner(ABC):
             source_image, target_image: (N, K, H, W), floating, as the student sees them.
             source_label: (N, H, W) int64.
             teacher_logits: (N, C, h, w): what the teacher says of the target images. None: `teacher` is asked.
-            teacher: the network itself; needed where it is asked about further images (`TemperatureFit`).
+            teacher: the network itself; needed where it is asked about further images (`TemperatureFit`). Of a function, the
+                buffers of the network inside are not put back: pass the module.
             teacher_features: (N, F, h, w) beside `teacher_logits`, for a temperature net with `feature_channels`.
             teacher_image: the target images as the teacher sees them, where that is another view of the same pixels.
             mask: (N, 1, H, W) bool, True = source pixel: the mask with which the host will mix. Drawn by `class_mask` if not
@@ -250,7 +251,7 @@ class Learner(ABC):
             ValueError, TypeError: tensors that do not fit each other; nothing has changed then.
             RuntimeError: called under `torch.inference_mode`.
         """
-        self._check_batch(source_image, source_label, target_image, teacher_image)
+        self.check_batch(source_image, source_label, target_image, teacher_image=teacher_image, mask=mask)
         if self.judges_teacher and teacher is None:
             remedy = "pass teacher=teacher, the network: it is asked about images that it has not seen yet"
             raise problem(self._name, expected="teacher", got="its logits alone", remedy=remedy, error=TypeError)
@@ -265,7 +266,6 @@ class Learner(ABC):
         draw = generator or self.generator if skip is None or backward else torch.Generator().manual_seed(0)
         if mask is None:
             mask = class_mask(source_label, generator=draw, ignore_index=self.ignore_index)
-        mix(mask, source_label, source_label)  # for its checks
         pseudo_label, weight = self.labeler.hard_labels(logits, valid=valid, ignore_index=self.ignore_index)
         image = seen if self.judges_teacher else target_image
         iteration = Iteration(
@@ -314,6 +314,7 @@ class Learner(ABC):
     def state_dict(self) -> Dict[str, Any]:
         """Everything that a resumed run needs: temperature net, its optimizer, generator, counter."""
         return {
+            "learner": self._name,
             "iteration": self.iteration,
             "temperature_net": self.temperature_net.state_dict(),
             "meta_optimizer": self.meta_optimizer.state_dict(),
@@ -324,13 +325,16 @@ class Learner(ABC):
         """Continue exactly where `state_dict` was taken.
 
         Raises:
-            ValueError: something is missing, or another net's; nothing has changed then.
+            ValueError: something is missing, or another learner's, net's or optimizer's; nothing has changed then.
         """
-        missing = {"iteration", "temperature_net", "meta_optimizer", "generator"} - set(state)
+        missing = {"learner", "iteration", "temperature_net", "meta_optimizer", "generator"} - set(state)
         if missing:
             expected = f"the result of {self._name}.state_dict()"
             got = f"a dict without {', '.join(sorted(missing))}"
             raise problem(self._name, expected=expected, got=got, remedy="load another checkpoint")
+        if state["learner"] != self._name:
+            expected, remedy = f"the state of a {self._name}", "resume with the learner that it was written with"
+            raise problem(self._name, expected=expected, got=f"that of a {state['learner']}", remedy=remedy)
         own = {name: tuple(value.shape) for name, value in self.temperature_net.state_dict().items()}
         theirs = {name: tuple(value.shape) for name, value in state["temperature_net"].items()}
         if own != theirs:
@@ -341,10 +345,25 @@ class Learner(ABC):
                 got=f"{theirs.get(name, 'none')}",
                 remedy="resume with the learner, the net and the classes that it was written with",
             )
+        self._load_optimizer(state["meta_optimizer"])
         self.temperature_net.load_state_dict(state["temperature_net"])
-        self.meta_optimizer.load_state_dict(state["meta_optimizer"])
         self.generator.set_state(state["generator"].cpu())  # map_location may have moved it
         self.iteration = state["iteration"]
+
+    def _load_optimizer(self, state: Mapping[str, Any]) -> None:
+        before = copy.deepcopy(self.meta_optimizer.state_dict())
+        settings = set(before["param_groups"][0])
+        try:
+            theirs = [set(group) for group in state["param_groups"]]
+            # An optimizer of another kind has settings of its own; a newer torch adds some, and fills in what is missing.
+            if not all(settings <= group or group <= settings for group in theirs):
+                raise ValueError(f"its settings are {', '.join(sorted(theirs[0]))}")
+            self.meta_optimizer.load_state_dict(dict(state))
+        except (ValueError, KeyError) as error:
+            self.meta_optimizer.load_state_dict(before)
+            expected = f"the state of a {type(self.meta_optimizer).__name__} of the temperature net"
+            remedy = "resume with the meta_optimizer that it was written with"
+            raise problem(self._name, expected=expected, got=f"another one ({error})", remedy=remedy) from error
 
     @property
     def _name(self) -> str:
@@ -370,34 +389,40 @@ class Learner(ABC):
         if ranks.anywhere(not bool((iteration.teacher_logits < math.inf).all()), like=weight):
             return Skip(SkipKind.NOT_FINITE, "the teacher's logits are not finite")
         if not ranks.anywhere(bool((weight > 0).any()), like=weight):
-            message = "every target pixel has the weight 0: no confidence reaches the labeler's threshold, or nothing is valid"
-            return Skip(SkipKind.UNWEIGHTED, message)
+            return Skip(SkipKind.UNWEIGHTED, self._why_no_weight(iteration.teacher_logits))
         return None
+
+    def _why_no_weight(self, logits: Tensor) -> str:
+        threshold = getattr(self.labeler, "threshold", None)
+        message = f"every target pixel has the weight 0: no confidence reaches threshold={threshold}, or no pixel is valid"
+        sums = logits.sum(1)
+        if bool((logits >= 0).all()) and bool(torch.allclose(sums, torch.ones_like(sums), atol=1e-3)):
+            return f"{message}; the teacher returns probabilities, it seems: logits are expected"
+        return f"{message}; in short trainings lower it"
 
     def _descend(self, learned: Learned) -> CalibrationStepResult:
         """One step of the optimizer along a gradient, unless it is no use."""
         norm = math.sqrt(sum(float(grad.double().pow(2).sum()) for grad in learned.grads if grad is not None))
-        before, after = learned.outer_loss_before, learned.outer_loss_after
+        losses = {"before": learned.outer_loss_before, "after the virtual step": learned.outer_loss_after}
+        measured = {when: loss for when, loss in losses.items() if loss is not None}
         skip = None
-        figures = {"before": before} if learned.measured_before else {}
-        figures.update({"after the virtual step": after} if learned.engine else {})
-        if not all(map(math.isfinite, figures.values())):
-            found = ", ".join(f"{loss} {when}" for when, loss in figures.items())
+        if not all(map(math.isfinite, measured.values())):
+            found = ", ".join(f"{loss} {when}" for when, loss in measured.items())
             skip = Skip(SkipKind.NOT_FINITE, f"the loss on the judged set is not finite: {found}")
         elif not math.isfinite(norm):
             skip = Skip(SkipKind.NOT_FINITE, "the temperature net's gradient is not finite")
         elif norm == 0.0 and learned.no_step:
             skip = Skip(SkipKind.NO_STEP, "the student's learning rate is 0: its virtual step leads nowhere")
         elif norm == 0.0:  # Adam would move on by its momentum
-            message = "the temperature net's gradient is zero: no weighted target pixel is in the mix, or no pixel is judged"
+            message = "the temperature net's gradient is zero: no target pixel with a weight is trained on, or none is judged"
             skip = Skip(SkipKind.ZERO, message)
         else:
             self._guarded_step(learned.grads)
         used = learned.temperature.detach()
         return self._counted(
             skip,
-            outer_loss_before=before,
-            outer_loss_after=after,
+            outer_loss_before=measured.get("before", math.nan),
+            outer_loss_after=measured.get("after the virtual step", math.nan),
             temperature_mean=float(used.mean()),
             temperature_min=float(used.min()),
             temperature_max=float(used.max()),
@@ -409,14 +434,17 @@ class Learner(ABC):
     def _guarded_step(self, grads: Sequence[Optional[Tensor]]) -> None:
         # .grad is None outside these lines: a host whose optimizer owns every parameter of its module must not see it.
         try:
-            for parameter, grad in zip(self._parameters, grads):
+            for parameter, grad in zip(self.meta_parameters, grads):
                 parameter.grad = grad
             self.meta_optimizer.step()
         finally:
-            for parameter in self._parameters:
+            for parameter in self.meta_parameters:
                 parameter.grad = None
 
-    def _check_batch(self, source_image: Any, source_label: Any, target_image: Any, teacher_image: Any) -> None:
+    def check_batch(
+        self, source_image: Any, source_label: Any, target_image: Any, *, teacher_image: Any = None, mask: Any = None
+    ) -> None:
+        """Raise what a call with these would, before any network is asked."""
         name = self._name
         if getattr(torch, "is_inference_mode_enabled", bool)():  # torch >= 1.9
             remedy = "call it outside; a teacher's logits that were made inside will do"
@@ -432,6 +460,8 @@ class Learner(ABC):
                 raise problem(name, expected=expected, got=got, remedy="crop both domains to one size and batch")
         n, _, h, w = source_image.shape
         check_label(name, "source_label", source_label, shape=(n, h, w))
+        if mask is not None:
+            check_mask(name, mask, size=(n, h, w))
 
     def _checked_logits(self, source_label: Tensor, teacher_logits: Any) -> Tensor:
         """The teacher's logits at the resolution of the labels."""

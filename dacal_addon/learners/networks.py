@@ -1,6 +1,6 @@
 """What networks return: logits at the resolution of the labels, wherever they are in the output."""
 
-from typing import Any, Callable, NamedTuple, Optional, Protocol, Tuple
+from typing import Any, Callable, Dict, NamedTuple, Optional, Protocol, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ class Outputs(NamedTuple):
             raise problem(
                 function,
                 expected="a network that returns logits (N, C, H, W)",
-                got=_inside(found),
+                got=described(found),
                 remedy=_way_to_logits(found),
                 error=TypeError,
             )
@@ -73,37 +73,38 @@ def ask(network: Network, image: Tensor) -> Any:
         return network(image)
 
 
-def _inside(output: Any) -> str:
-    """What was returned, one level deep.
+def entries(output: Any) -> Dict[Union[int, str], Any]:
+    """What is in an output, one level deep: of a dictionary by key, of a list or tuple by index, of an object by attribute.
 
-    >>> _inside({"out": torch.zeros(1, 4, 2, 2), "aux": None})
-    "dict of 'out': float32 (1, 4, 2, 2), 'aux': NoneType"
-    >>> _inside((torch.zeros(1, 4, 2, 2), 3))
-    'tuple of float32 (1, 4, 2, 2), int'
+    >>> entries({"out": 1}), entries((1, 2)), entries(torch.zeros(2))
+    ({'out': 1}, {0: 1, 1: 2}, {})
     """
+    if isinstance(output, Tensor):
+        return {}
     if hasattr(output, "items"):
-        parts = [f"{key!r}: {describe(value)}" for key, value in output.items()]
-    elif isinstance(output, (list, tuple)):
-        parts = [describe(value) for value in output]
-    else:
-        parts = [f"{name}: {describe(value)}" for name, value in getattr(output, "__dict__", {}).items()]
-    return describe(output) + (f" of {', '.join(parts)}" if parts else "")
+        return dict(output.items())
+    return dict(enumerate(output)) if isinstance(output, (list, tuple)) else dict(getattr(output, "__dict__", {}))
+
+
+def described(output: Any) -> str:
+    """What was returned, in the words of an error message.
+
+    >>> described({"out": torch.zeros(1, 4, 2, 2), "aux": None})
+    "dict of 'out': float32 (1, 4, 2, 2), 'aux': NoneType"
+    """
+    parts = ", ".join(f"{name!r}: {describe(value)}" for name, value in entries(output).items())
+    return f"{describe(output)} of {parts}" if parts else describe(output)
 
 
 def _way_to_logits(output: Any) -> str:
-    """How `logits_of` would reach the first tensor that could be logits.
+    """How `logits_of` would reach what could be logits.
 
-    >>> _way_to_logits({"aux": None, "out": torch.zeros(1, 4, 2, 2)})
-    "say where the logits are: logits_of=lambda out: out['out']"
+    >>> _way_to_logits({"features": torch.zeros(1, 8, 2, 2), "out": torch.zeros(1, 4, 2, 2)})
+    "say which are the logits: logits_of=lambda out: out['features'], or out['out']"
     """
-    ways = []
-    if hasattr(output, "items"):
-        ways = [(f"[{key!r}]", value) for key, value in output.items()]
-    elif isinstance(output, (list, tuple)):
-        ways = [(f"[{i}]", value) for i, value in enumerate(output)]
-    else:
-        ways = [(f".{name}", value) for name, value in getattr(output, "__dict__", {}).items()]
-    found = next((way for way, value in ways if isinstance(value, Tensor) and value.dim() == 4), None)
-    if found is None:
+    names = [name for name, value in entries(output).items() if isinstance(value, Tensor) and value.dim() == 4]
+    if not names:
         return "say with logits_of where the logits are"
-    return f"say where the logits are: logits_of=lambda out: out{found}"
+    by_name = hasattr(output, "items") or isinstance(output, (list, tuple))
+    ways = ", or ".join(f"out[{name!r}]" if by_name else f"out.{name}" for name in names)
+    return f"say which are the logits: logits_of=lambda out: {ways}"

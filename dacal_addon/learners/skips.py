@@ -10,7 +10,7 @@ class SkipKind(str, Enum):
     WARMUP = "warmup"
     """The learner waits for its first iteration."""
     EVERY = "every"
-    """It acts at every k-th iteration, and this is none."""
+    """It acts at every k-th iteration, and this is not one of them."""
     NOT_FINITE = "not_finite"
     """The teacher's logits, a loss or its gradient."""
     UNWEIGHTED = "unweighted"
@@ -44,7 +44,7 @@ class Skip(NamedTuple):
 
 
 def waiting(iteration: int, *, warmup: int, every: int) -> Optional[Skip]:
-    """Why iteration `iteration`, counted from 0, is none at which to learn; None if it is one.
+    """Why the learner waits at iteration `iteration`, counted from 0; None if it learns.
 
     Example:
         >>> [str(waiting(i, warmup=1, every=2)) for i in range(3)]

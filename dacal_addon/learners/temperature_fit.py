@@ -5,7 +5,7 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from ..pseudo_labels import LOGIT_FLOOR
+from ..pseudo_labels import LOGIT_FLOOR, without_class
 from .judged_sets import usable
 from .learner import Defaults, Iteration, Learned, Learner
 from .networks import ask
@@ -41,7 +41,7 @@ class TemperatureFit(Learner):
 
     It costs one forward pass of the teacher without gradient, and the temperature net's forward and backward pass.
 
-    Args: those of `Learner`. The temperature net shall see what means the same on blended and on clean images, as confidence
+    Args: those of `Learner`. The temperature net should see what means the same on blended and on clean images, as confidence
         does: with the logits or features as inputs too it learned less that was true of clean ones (`benchmarks/README.md`).
         The call needs `teacher`, the network itself.
 
@@ -72,6 +72,7 @@ class TemperatureFit(Learner):
         output = ask(teacher, judged.image)
         height, width = judged.label.shape[-2:]
         logits = self.outputs.logits(self._name, output, (height, width))
+        logits = without_class(self._name, logits, self.ignore_index)  # as the labeler does
         features = self.outputs.features(self._name, output)
         temperature = self.temperature_net(*((logits,) if features is None else (logits, features)))
         counts = (self._class_counts(label, logits.shape[1]) for label in (judged.label, usable(batch)))
@@ -82,8 +83,8 @@ class TemperatureFit(Learner):
         calibrated = logits.clamp(min=LOGIT_FLOOR) / temperature
         weight = self.judged_weight(ranks, judged)
         loss = self.outer_loss(calibrated, judged.label, weight, ignore_index=self.ignore_index)
-        grads = ranks.average(torch.autograd.grad(loss, self._parameters), self._parameters)
-        return Learned(grads, temperature, float(ranks.average_number(loss)))
+        grads = ranks.average(torch.autograd.grad(loss, self.meta_parameters), self.meta_parameters)
+        return Learned(grads, temperature, outer_loss_before=float(ranks.average_number(loss)))
 
     def _class_counts(self, label: Tensor, num_classes: int) -> Tensor:
         return torch.bincount(label[label != self.ignore_index], minlength=num_classes).double()
