@@ -27,7 +27,7 @@ class Teaching:
         self.student, self.optimizer, self.recipe = student, optimizer, recipe
 
     def source_loss(self, batch: Batch) -> Tensor:
-        return F.cross_entropy(self.student(batch.source_strong), batch.source_label)
+        return F.cross_entropy(self.student(batch.source_strong), batch.source_label, ignore_index=255)
 
     def teach(self, teacher: SmallUNet, batch: Batch) -> str:
         """Add the gradient of everything else to the student's; returns a note for the progress bar."""

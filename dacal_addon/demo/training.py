@@ -31,7 +31,7 @@ def train_start(dataset: Dataset, recipe: Recipe, *, seed: int, device: torch.de
     with _seeded(seed), Progress("source, common start", recipe.source_iterations) as progress:
         for _, batch in zip(range(recipe.source_iterations), batches(dataset, recipe, seed=2 * seed, device=device)):
             optimizer.zero_grad()
-            loss = F.cross_entropy(student(batch.source_strong), batch.source_label)
+            loss = F.cross_entropy(student(batch.source_strong), batch.source_label, ignore_index=255)
             loss.backward()
             optimizer.step()
             progress.advance(f"loss {loss.item():.3f}")
