@@ -9,6 +9,7 @@ written into a checkout: the tests work on a copy of its tracked files.
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -174,15 +176,99 @@ def test_inference_is_the_students_alone(host, data, tmp_path):
     outputs = []
     for config, weights in (("tiny.py", "latest.pth"), ("plain.py", "plain.pth")):
         outputs.append(tmp_path / weights)
-        command = [PYTHON, str(ROOT / "examples/mmseg/save_predictions.py"), str(work / config), str(work / weights)]
-        command += ["--out", str(outputs[-1]), "--probabilities"]
-        subprocess.run(command, cwd=host, env=environment(), check=True)
+        save_predictions(host, work / config, work / weights, outputs[-1])
     names = sorted(path.relative_to(outputs[0]) for path in outputs[0].rglob("*.npy"))
     assert len(names) == 2
     for name in names:
         assert (outputs[0] / name).read_bytes() == (outputs[1] / name).read_bytes()
     # And `dacal evaluate` takes them as they are.
-    labels, report = str(data / "cityscapes/gtFine/val"), tmp_path / "report"
-    command = [sys.executable, "-m", "dacal_addon", "evaluate", str(outputs[0]), labels, "--out", str(report)]
+    evaluate(outputs[0], data, tmp_path / "report")
+    assert (tmp_path / "report/report.json").stat().st_size > 1000
+
+
+def save_predictions(host, config, weights, out):
+    """All probabilities of the validation images, by the example's script."""
+    command = [PYTHON, str(ROOT / "examples/mmseg/save_predictions.py"), str(config), str(weights)]
+    subprocess.run([*command, "--out", str(out), "--probabilities"], cwd=host, env=environment(), check=True)
+
+
+def evaluate(predictions, data, report):
+    """`dacal evaluate`'s figures by name."""
+    labels = str(data / "cityscapes/gtFine/val")
+    command = [sys.executable, "-m", "dacal_addon", "evaluate", str(predictions), labels, "--out", str(report)]
     subprocess.run([*command, "--num-classes", "19", "--input", "probs"], check=True)
-    assert (report / "report.json").stat().st_size > 1000
+    return json.loads((report / "report.json").read_text())
+
+
+# The host's own script as it is, on a machine without a GPU.
+TEST = """
+import runpy, sys
+sys.path[:0] = [sys.argv.pop(1), "."]
+import try_on_cpu
+try_on_cpu.run_without_gpu()
+runpy.run_path("tools/test.py", run_name="__main__")
+"""
+
+
+def host_test(host, config, weights, out):
+    """The host's `tools/test.py`: its label maps, and the table that it prints."""
+    command = [PYTHON, "-c", TEST, str(ROOT / "examples/mmseg"), str(config), str(weights), "--eval", "mIoU", "--out", str(out)]
+    done = subprocess.run(command, cwd=host, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return np.stack(pickle.loads(out.read_bytes())), [line for line in done.stdout.splitlines() if line.startswith("|")]
+
+
+def calibrate(host, config, weights, out, *options):
+    command = [PYTHON, str(ROOT / "examples/mmseg/calibrate.py"), str(config), str(weights), "--out", str(out), *options]
+    return subprocess.run(command, cwd=host, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_trained_checkpoint_is_calibrated(host, data, tmp_path):
+    work = tmp_path / "run"
+    run(host, data, work, "uda.type=DACS", iters=20)
+    config, before, after = work / "tiny.py", work / "latest.pth", tmp_path / "calibrated.pth"
+    held_out = ["--source-dir", str(data / "synthia/RGB"), str(data / "synthia/GT/LABELS")]  # images it has not seen
+    done = calibrate(host, config, before, after, "--labelled", "2", *held_out)
+    assert done.returncode == 0, done.stdout[-3000:]
+    # What was done is said and noted.
+    note = torch.load(after, map_location="cpu", weights_only=False)["meta"]["dacal"]
+    t = note["temperature"]
+    assert 0 < t != 1
+    assert note["taken"] == "labelled and prior"
+    assert note["source_held_out"]
+    assert len(note["labelled_target"]) == 2
+    assert {"shadows", "blends", "labelled"} <= {line.split(" ")[0] for line in done.stdout.splitlines()}
+    assert f"taken: T = {t:.4g} (labelled and prior)" in done.stdout
+    assert "has been trained on these source images" not in done.stdout
+    # The last layers of the student are divided, and nothing else has changed.
+    old, new = checkpoint(before), checkpoint(after)
+    assert list(old) == list(new)
+    changed = [name for name in old if not torch.equal(old[name], new[name])]
+    assert changed
+    assert {name.rpartition(".")[0] for name in changed} == set(note["layers"])
+    for name in changed:
+        assert name.startswith("model.decode_head.")
+        assert torch.equal(new[name], old[name] / t)
+    # The host's own test finds the same labels, and the probabilities are softmax(z / T).
+    (labels, table), (same_labels, same_table) = (
+        host_test(host, config, weights, tmp_path / f"{weights.stem}.pkl") for weights in (before, after)
+    )
+    assert (labels != same_labels).mean() < 1e-4  # two logits may be as good as equal
+    assert table
+    assert same_table == table
+    figures = []
+    for weights in (before, after):
+        save_predictions(host, config, weights, tmp_path / weights.stem)
+        figures.append(evaluate(tmp_path / weights.stem, data, tmp_path / f"report_{weights.stem}"))
+    for path in (tmp_path / "calibrated").rglob("*.npy"):
+        p = np.load(tmp_path / "latest" / path.relative_to(tmp_path / "calibrated")).astype(np.float64) ** (1 / t)
+        np.testing.assert_allclose(np.load(path), p / p.sum(0), atol=4e-3)
+    old, new = ({name: figure["value"] for name, figure in each["metrics"].items()} for each in figures)
+    # The probabilities are float16, in which more of them are equal.
+    assert (new["accuracy"], new["miou"]) == (pytest.approx(old["accuracy"], abs=1e-3), pytest.approx(old["miou"], abs=1e-3))
+    assert new["nll"] < old["nll"]  # T lies between 1 and what the labels of both images say
+    # From the new one there is no way on but to the old one.
+    again = calibrate(host, config, after, tmp_path / "again.pth", "--temperature", "2")
+    assert again.returncode
+    assert "expected weights into which nothing is folded" in again.stdout
+    assert not (tmp_path / "again.pth").exists()

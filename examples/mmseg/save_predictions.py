@@ -10,13 +10,13 @@ in the host's `tools/test.py`, at the original resolution; nothing of DA-Cal tak
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any, List
 
 import numpy as np
 import torch
+from loading import build_student, prepare, read_checkpoint, read_config  # beside this file
 from PIL import Image
 
 
@@ -38,27 +38,14 @@ def main(arguments: List[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("predictions"))
     parser.add_argument("--probabilities", action="store_true", help="all of them, not only the largest")
     options = parser.parse_args(arguments)
-    sys.path.insert(0, os.getcwd())
-    if not torch.cuda.is_available():
-        from try_on_cpu import run_without_gpu
-
-        run_without_gpu()
-    from mmcv import Config, ProgressBar
+    device = prepare()
+    from mmcv import ProgressBar
     from mmseg.datasets import build_dataset
-    from mmseg.models import build_segmentor
-    from tools.test import update_legacy_cfg
 
-    config = update_legacy_cfg(Config.fromfile(options.config))
-    config.model.update(pretrained=None, train_cfg=None)
-    config.data.test.test_mode = True
+    config = read_config(options.config)
     dataset = build_dataset(config.data.test)
-    student = build_segmentor(config.model, test_cfg=config.get("test_cfg"))
-    state = torch.load(options.checkpoint, map_location="cpu")["state_dict"]
-    # The trainer's checkpoint has the teacher and DA-Cal's state, too.
-    trained = {name[len("model.") :]: value for name, value in state.items() if name.startswith("model.")}
-    student.load_state_dict(trained or state)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student.to(device).eval()
+    student, _ = build_student(config, read_checkpoint(options.checkpoint)["state_dict"])
+    student.to(device)
     progress = ProgressBar(len(dataset))
     for i in range(len(dataset)):
         item: Any = dataset[i]
