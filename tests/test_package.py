@@ -93,7 +93,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_readmes_code_runs_and_the_wrap_is_eight_lines(tmp_path, monkeypatch):
-    measured, wrap, parts, shorter = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    measured, wrap, parts, fold, shorter = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert 5 <= len([line for line in wrap.splitlines() if re.search(r"\S.*  #", line)]) <= 8
     setting = """
 import torch, torch.nn as nn, torch.nn.functional as F
@@ -119,6 +119,13 @@ update_teacher = lambda teacher, student: updates.append(1)
     assert len(scope["updates"]) == 6
     assert not (scope["temperature_net"].last.weight == before).all()
     monkeypatch.chdir(tmp_path)
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    scope.update(source_images=images, source_labels=torch.arange(4 * 256).view(4, 16, 16) % 19, target_images=images + 0.1)
+    scope["state_dict"] = {name: value.clone() for name, value in scope["student"].state_dict().items()}
+    exec(fold.replace("found.temperature", "2.0"), scope)  # untrained, it may well abstain
+    assert torch.allclose(scope["student"].weight, scope["state_dict"]["weight"] / 2)
+    saved = torch.load("calibrated.pth")
+    assert torch.equal(saved["weight"], scope["student"].weight)
     scope.update(network=scope["student"], validation=[(image, label) for image, label, _ in scope["loader"]])
     exec(measured, scope)
     assert scope["stats"].images == 6
