@@ -241,6 +241,18 @@ def test_the_benchmark_of_the_engines_runs(tmp_path):
     assert all(row["forward, float32"] <= 1e-4 and row["finite_difference, float32"] <= 1e-2 for row in smooth)
 
 
+def test_the_benchmark_of_trained_networks_runs_and_goes_on(tmp_path):
+    command = ["benchmarks/checkpoint.py", "--quick", "--datasets", "mitochondria"]
+    folders = ["--out", tmp_path, "--cache", tmp_path / "cache", "--data", tmp_path]
+    output = python(*command, *folders)
+    assert "no *.npz there; real pictures are skipped" in output
+    assert re.search(r"mitochondria 8, seed 0: ECE \d+\.\d\d -> \d+\.\d\d \(bound \d+\.\d\d\); ", output)
+    (row,) = json.loads((tmp_path / "checkpoint.json").read_text())
+    assert row["bound"]["ece"] <= row["ece"] + 0.01
+    assert set(row["labelled"]) == {"1", "2", "5", "10", "20"}
+    assert "mitochondria 8, seed 0" not in python(*command, *folders)  # it is there already
+
+
 @pytest.mark.skipif(not hasattr(torch, "compile"), reason="one of its rows is compiled: torch >= 2.0")
 def test_the_benchmark_of_the_metrics_runs(tmp_path):
     size = ["--height", "64", "--width", "64"]
