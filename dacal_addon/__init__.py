@@ -2,7 +2,7 @@
 
 The data flows one way, and so do the files:
 teacher logits -> `temperature` -> `pseudo_labels` -> `mixing` -> `losses` -> `learners` and `engines` -> `metrics`;
-`self_training` puts the pieces together for a training loop.
+`self_training` puts the pieces together for a training loop; `calibrate` is for a network that is trained already.
 """
 
 from .engines import Hypergradient, hypergradient
