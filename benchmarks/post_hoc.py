@@ -4,7 +4,6 @@ Every function takes `Material` and gives a scalar temperature or a module `(log
 `oracle_temperature` use source labels and unlabelled target images only.
 """
 
-import math
 from typing import Callable, Dict, NamedTuple, Tuple, Union
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from temperature_nets import ContextNet
 from torch import Tensor
 
+from dacal_addon.calibrate import fitted_temperature
 from dacal_addon.demo.datasets import Dataset, Split
 from dacal_addon.demo.evaluation import evaluated, predict
 from dacal_addon.demo.network import SmallUNet
@@ -32,35 +32,6 @@ class Material(NamedTuple):
     device: torch.device
 
 
-def fitted_temperature(logits: Tensor, label: Tensor, *, ignore_index: int = 255) -> float:
-    """The T in 0.05..20 with the least negative log-likelihood of softmax(z / T).
-
-    Args:
-        logits: (N, C, H, W); label: (N, H, W), `ignore_index` where not judged.
-
-    Example:
-        >>> z = torch.tensor([2.0, 0.0]).view(1, 2, 1, 1).expand(1, 2, 1, 4)
-        >>> fitted = fitted_temperature(z, torch.tensor([[[0, 0, 0, 1]]]))  # sigmoid(2 / T) = 3/4
-        >>> math.isclose(2 / fitted, math.log(3), rel_tol=1e-4)
-        True
-
-    Source: temperature scaling (Guo et al., ICML 2017).
-    """
-    from scipy.optimize import minimize_scalar
-
-    judged = label != ignore_index
-    if not bool(judged.any()):
-        return 1.0
-    z, y = logits.permute(0, 2, 3, 1)[judged].double(), label[judged]
-    found = minimize_scalar(
-        lambda log_t: float(F.cross_entropy(z / math.exp(log_t), y)),
-        bounds=(math.log(0.05), math.log(20.0)),
-        method="bounded",
-        options={"xatol": 1e-5},
-    )
-    return math.exp(found.x)
-
-
 def source_temperature(material: Material) -> float:
     """Temperature scaling on the source's validation images."""
     validation = material.dataset.source_test
@@ -72,8 +43,14 @@ def oracle_temperature(material: Material) -> float:
     test = material.dataset.target_test
     logits = predict(material.network, test.image, device=material.device)
 
+    return best_temperature(logits, test.label)
+
+
+def best_temperature(logits: Tensor, label: Tensor) -> float:
+    """The temperature of the least ECE of these pixels, to half a percent."""
+
     def best(candidates: np.ndarray) -> float:
-        return float(min(candidates, key=lambda temperature: ece(logits / float(temperature), test.label, input="logits")))
+        return float(min(candidates, key=lambda temperature: ece(logits / float(temperature), label, input="logits")))
 
     coarse = best(np.geomspace(0.2, 5.0, 41))
     return best(coarse * np.geomspace(1 / 1.08, 1.08, 33))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._check import check_label, check_logits, check_number, check_tensor, describe, problem
+from ._upcast import at_least_float32
 
 
 class InnerLoss(Protocol):
@@ -58,7 +59,7 @@ def soft_cross_entropy(logits: Tensor, soft_label: Tensor, weight: Optional[Tens
     if y.shape != logits.shape or not y.is_floating_point():
         remedy = "make hard labels soft with one_hot"
         raise problem("soft_cross_entropy", expected=expected, got=describe(y), remedy=remedy)
-    log_p = F.log_softmax(_at_least_float32(logits), dim=1)
+    log_p = F.log_softmax(at_least_float32(logits), dim=1)
     # A class masked out with -inf costs nothing where the label is 0 (0 * -inf would be NaN).
     loss = -(y * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(1)
     labelled = (y.detach() > 0).any(1)
@@ -82,7 +83,7 @@ def cross_entropy(logits: Tensor, label: Tensor, weight: Optional[Tensor] = None
     """
     check_logits("cross_entropy", "logits", logits)
     _check_label("cross_entropy", logits, label)
-    loss = F.cross_entropy(_at_least_float32(logits), label, ignore_index=ignore_index, reduction="none")
+    loss = F.cross_entropy(at_least_float32(logits), label, ignore_index=ignore_index, reduction="none")
     return _mean_over(label != ignore_index, loss, _checked_weight("cross_entropy", weight, loss))
 
 
@@ -102,7 +103,7 @@ def brier(logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, ign
     check_logits("brier", "logits", logits)
     _check_label("brier", logits, label)
     judged = label != ignore_index
-    p = F.softmax(_at_least_float32(logits), dim=1)
+    p = F.softmax(at_least_float32(logits), dim=1)
     of_label = p.gather(1, label.masked_fill(~judged, 0).unsqueeze(1))[:, 0]
     return _mean_over(judged, p.pow(2).sum(1) - 2 * of_label + 1, _checked_weight("brier", weight, of_label))
 
@@ -141,7 +142,7 @@ def calibration_gap(
     weight = _checked_weight("calibration_gap", weight, judged)
     mass = (judged if weight is None else judged * weight).flatten()
     # max, not amax: amax shares the gradient among equal maxima, and argmax says which one is judged.
-    confidence, prediction = F.softmax(_at_least_float32(logits), dim=1).max(1)
+    confidence, prediction = F.softmax(at_least_float32(logits), dim=1).max(1)
     excess = confidence.flatten() - (prediction == label).flatten().to(confidence.dtype)
     position = (confidence.flatten() * n_bins - 0.5).clamp(0.0, n_bins - 1.0)
     lower = position.detach().floor().clamp(max=max(n_bins - 2, 0))
@@ -195,10 +196,6 @@ def is_mean_over_labelled(loss: OuterLoss) -> bool:
     while isinstance(loss, partial):
         loss = loss.func
     return isinstance(loss, CrossEntropyAndGap) or any(loss is own for own in OUTER_LOSSES.values())
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _check_label(function: str, logits: Tensor, label: object) -> None:

@@ -16,6 +16,7 @@ from ._check import (
     describe,
     problem,
 )
+from ._upcast import at_least_float32
 
 WEIGHTS = ("ratio", "confidence", "threshold", "none")
 # exp(-10000) is 0 in any precision. A class masked out with -inf would make T's gradient 0 * inf.
@@ -66,7 +67,7 @@ def soft_label(logits: Tensor, temperature: Tensor) -> Tensor:
     if t.shape != (n, 1, h, w):
         raise problem("soft_label", expected=expected, got=describe(t), remedy="one temperature per pixel")
     z = logits.detach()
-    z = (z if z.dtype == torch.float64 else z.float()).clamp(min=LOGIT_FLOOR)
+    z = at_least_float32(z).clamp(min=LOGIT_FLOOR)
     # The clamp is a copy, too: what `torch.inference_mode` made cannot be part of a graph.
     return F.softmax(z / t, dim=1)
 
@@ -102,7 +103,7 @@ def confidence_weight(logits: Tensor, *, mode: str = "ratio", threshold: float =
     check_choice("confidence_weight", "mode", mode, WEIGHTS)
     check_number("confidence_weight", "threshold", threshold, low=0.0, high=1.0, rule="in [0, 1]")
     z = logits.detach()
-    z = z if z.dtype == torch.float64 else z.float()
+    z = at_least_float32(z)
     if mode == "none":
         return torch.ones_like(z[:, 0])
     confidence = F.softmax(z, dim=1).amax(1)

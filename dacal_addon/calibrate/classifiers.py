@@ -1,6 +1,6 @@
 """Which layers of a network make its logits: those that a temperature can be folded into."""
 
-from typing import Dict, List, Sequence, Tuple, Type, Union
+from typing import Any, Dict, List, Sequence, Tuple, Type, Union
 
 from torch import nn
 
@@ -117,10 +117,10 @@ def _of_head(name: str, head: nn.Module) -> Dict[str, nn.Module]:
     if not isinstance(branches, nn.ModuleList):
         return {}
     # Without `conv_seg`, and without a norm or an activation behind the branches, the head sums them: DeepLab-v2.
-    bare = [branch for branch in branches if isinstance(getattr(branch, "conv", None), AFFINE) and _is_bare(branch)]
+    bare: List[Any] = [branch for branch in branches if isinstance(getattr(branch, "conv", None), AFFINE) and _is_bare(branch)]
     if len(bare) < len(branches):
         return {}
-    return {f"{name}.aspp_modules.{i}.conv": branch.conv for i, branch in enumerate(bare)}  # type: ignore[misc]
+    return {f"{name}.aspp_modules.{i}.conv": branch.conv for i, branch in enumerate(bare)}
 
 
 def _is_bare(branch: nn.Module) -> bool:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..metrics.bootstrap import times_drawn
 from .pixels import Pixels
 from .scaling import GRID, at, least, parts, where
 
@@ -41,10 +42,7 @@ def curves_of(pixels: Pixels) -> Curves:
 
 def resamples(count: int, generator: torch.Generator) -> np.ndarray:
     """How often each of n images is in each of 200 samples of n, drawn with replacement: (200, n), rows sum to n."""
-    drawn = torch.randint(count, (REPLICATES, count), generator=generator, device=generator.device).cpu()
-    times = torch.zeros(REPLICATES, count, dtype=torch.float64)
-    times.scatter_add_(1, drawn, torch.ones(REPLICATES, count, dtype=torch.float64))
-    return times.numpy()
+    return times_drawn(count, REPLICATES, generator).numpy()
 
 
 def fitted_spread(curves: Curves, times: np.ndarray) -> float:

@@ -106,14 +106,13 @@ def estimate_temperature(
     """
     check_whole("estimate_temperature", "max_images", max_images, low=1)
     draw = torch.Generator().manual_seed(0) if generator is None else generator
-    limits = {"limit": max_images, "generator": draw}
     few: Any = None
     if labelled_target is not None:
         few = labelled_pictures("estimate_temperature", "labelled_target", labelled_target, limit=1 << 31, generator=draw)
     material = Material(
         student,
-        source=labelled_pictures("estimate_temperature", "source", source, **limits),  # type: ignore[arg-type]
-        target=unlabelled_pictures("estimate_temperature", "target", target, **limits),  # type: ignore[arg-type]
+        source=labelled_pictures("estimate_temperature", "source", source, limit=max_images, generator=draw),
+        target=unlabelled_pictures("estimate_temperature", "target", target, limit=max_images, generator=draw),
         labelled_target=few,
         outputs=Outputs(logits_of, features_of),
         layer=layer,

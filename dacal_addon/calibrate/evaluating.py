@@ -1,7 +1,7 @@
 """Ask a network in evaluation mode, and leave it as it was."""
 
 from contextlib import contextmanager
-from typing import Any, Iterator, Sequence
+from typing import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,3 @@ def evaluating(network: Network, *, of: Sequence[Tensor] = ()) -> Iterator[None]
     with preserved(module, of=of), torch.no_grad():
         module.eval()
         yield
-
-
-def asked(network: Network, image: Tensor) -> Any:
-    """What a network says of images in evaluation mode."""
-    with evaluating(network, of=[image]):
-        return network(image)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .._check import describe, problem
 from ..learners.networks import Outputs
 from .classifiers import AFFINE, classifiers
-from .evaluating import asked
+from .evaluating import evaluating
 
 _NOTE = "dacal_fold"  # a layer's attribute: (temperature, norm of the weights after)
 _ENTRY = "dacal"  # of a checkpoint's meta, or of a state dict's metadata: {"temperature": float, "layers": [names]}
@@ -127,7 +127,8 @@ def fold_checkpoint(
     other entries are handed on as they are: it is for inference, and training goes on from the original.
 
     Args:
-        checkpoint: a state dict, or a dict with one under "state_dict".
+        checkpoint: a state dict, or a dict with one under "state_dict"; of the original weights. Of a network that
+            `fold_temperature` has changed it would be folded a second time, which nothing in a state dict tells.
         temperature: finite, > 0.
         layers: names of the layers, as `fold_temperature` returns them.
         prefix: before these names in the state dict, "model." in checkpoints of the hosts' UDA trainers.
@@ -147,7 +148,7 @@ def fold_checkpoint(
     if held is not None:
         raise _folded_already("fold_checkpoint", held)
     state = _state_of(checkpoint)
-    folded = OrderedDict(state)
+    folded: Any = OrderedDict(state)  # to which torch adds `_metadata`, as here
     for name in layers:
         stem = f"{prefix}{name}." if name else prefix
         _check_entry(stem, state)
@@ -157,10 +158,10 @@ def fold_checkpoint(
     entry = {"temperature": t, "layers": [f"{prefix}{name}" for name in layers]}
     metadata = copy.deepcopy(getattr(state, "_metadata", OrderedDict()))
     if isinstance(checkpoint.get("meta"), Mapping):
-        folded._metadata = metadata  # type: ignore[attr-defined]  # as torch has it
+        folded._metadata = metadata
         return {**checkpoint, "state_dict": folded, "meta": {**checkpoint["meta"], _ENTRY: entry}}
     metadata.setdefault("", {})[_ENTRY] = entry
-    folded._metadata = metadata  # type: ignore[attr-defined]
+    folded._metadata = metadata
     return folded if state is checkpoint else {**checkpoint, "state_dict": folded}
 
 
@@ -199,10 +200,10 @@ class TemperatureScaled(nn.Module):
         return logits / self.temperature
 
 
-def _checked(temperature: object, function: str) -> float:
+def _checked(temperature: Any, function: str) -> float:
     try:
         # numpy's and torch's numbers too, but no text.
-        t = math.nan if isinstance(temperature, str) else float(temperature)  # type: ignore[arg-type]
+        t = math.nan if isinstance(temperature, str) else float(temperature)
     except (TypeError, ValueError, RuntimeError):
         t = math.nan
     if not 0 < t < math.inf:
@@ -296,7 +297,8 @@ def _state_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _logits(model: nn.Module, image: Tensor, logits_of: Optional[Callable[[Any], Tensor]]) -> Tensor:
-    output = asked(model, image)
+    with evaluating(model, of=[image]):
+        output = model(image)
     found = output if logits_of is None else logits_of(output)
     if isinstance(found, Tensor) and found.dim() != 4:  # of a layer, or of a network for whole images
         return found

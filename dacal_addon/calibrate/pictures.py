@@ -82,7 +82,8 @@ def _iterable(function: str, expected: str, given: Any) -> Iterable[Any]:
     if not hasattr(given, "__iter__") or isinstance(given, (Tensor, dict, str)):
         remedy = "pass tensors, or a loader of batches"
         raise problem(function, expected=expected, got=describe(given), remedy=remedy, error=TypeError)
-    return given  # type: ignore[no-any-return]
+    iterable: Iterable[Any] = given
+    return iterable
 
 
 def _chosen(count: int, limit: int, generator: torch.Generator) -> List[int]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._check import check_image, check_number, check_tensor, describe, problem
+from .._upcast import at_least_float32
 
 BAND = (0.05, 0.10)
 """Of FDA, as a share of the shorter side: drawn uniformly for each image."""
@@ -106,7 +107,7 @@ def blurred(image: Tensor, sigma: Union[float, Tensor]) -> Tensor:
         >>> [round(x, 3) for x in blurred(dot, 0.5)[0, 0, 2].tolist()]
         [0.0, 0.084, 0.619, 0.084, 0.0]
     """
-    x = _at_least_float32(check_image("blurred", "image", image))
+    x = at_least_float32(check_image("blurred", "image", image))
     n, channels, height, width = x.shape
     sigmas = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(n)
     if not bool((sigmas >= 0).all()):
@@ -221,11 +222,7 @@ def _checked(function: str, image: Tensor, reference: Tensor, strength: float) -
     if other.dim() != 4 or other.shape[:2] != image.shape[:2] or not other.is_floating_point():
         raise problem(function, expected=expected, got=describe(other), remedy="repeat or choose target images to match")
     check_number(function, "strength", strength, low=0.0, rule=">= 0")
-    return _at_least_float32(image), _at_least_float32(other)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return at_least_float32(image), at_least_float32(other)
 
 
 def _mean(x: Tensor) -> Tensor:

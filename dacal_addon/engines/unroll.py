@@ -159,7 +159,7 @@ def _runs(student: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> 
     try:
         with torch.no_grad():
             student(*args, **kwargs)
-    except Exception:
+    except Exception:  # of whatever kind: the caller raises the error of the copy then
         return False
     return True
 

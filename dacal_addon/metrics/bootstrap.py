@@ -38,9 +38,18 @@ def resampled(images: Sequence[Totals], replicates: int, generator: torch.Genera
     stacked = _totals.stack([Totals(*(field.cpu() for field in one)) for one in images], like=images[0])
     for begin in range(0, replicates, _REPLICATES_AT_ONCE):
         rows = min(_REPLICATES_AT_ONCE, replicates - begin)
-        picks = torch.randint(len(images), (rows, len(images)), generator=generator)
-        weights = torch.zeros(picks.shape, dtype=torch.float64).scatter_add_(1, picks, torch.ones(picks.shape).double())
-        yield from _totals.weighted(stacked, weights)
+        yield from _totals.weighted(stacked, times_drawn(len(images), rows, generator))
+
+
+def times_drawn(count: int, replicates: int, generator: torch.Generator) -> Tensor:
+    """How often each of `count` images is among as many drawn with replacement: (replicates, count) float64, on the CPU.
+
+    Example:
+        >>> times_drawn(5, 3, torch.Generator()).sum(1).tolist()
+        [5.0, 5.0, 5.0]
+    """
+    picks = torch.randint(count, (replicates, count), generator=generator, device=generator.device).cpu()
+    return torch.zeros(picks.shape, dtype=torch.float64).scatter_add_(1, picks, torch.ones(picks.shape).double())
 
 
 def percentile_interval(samples: Sequence[float], level: float) -> Tuple[float, float]:
