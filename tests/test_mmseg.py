@@ -1,10 +1,12 @@
 """`DACalDACS` on a stand-in with the hosts' interface; `test_upstream.py` has the hosts themselves."""
 
 import copy
+import gc
 import math
 import random
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +251,28 @@ def test_without_two_labels_that_differ_nothing_is_fitted(host, caplog):
     assert "dacal.fit_loss" not in log
     assert same(ours._dacal.learner.temperature_net.state_dict(), before)
     assert caplog.records[0].getMessage().startswith("dacal: no fit (no pixel is judged: ")
+
+
+@pytest.mark.parametrize("kind", ["daformer", "mic, own teacher"])
+@pytest.mark.parametrize("learn", ["fit", "bilevel"])
+def test_nothing_of_an_iteration_outlives_it(host, kind, learn, monkeypatch):
+    """Not even until the garbage collector comes: an iteration holds logits, labels and images of the size of the batch."""
+    integration, alive = sys.modules["dacal_addon.integrations.mmseg"], []
+
+    class Noted(integration.DacsIteration):
+        def __init__(self, *args):
+            super().__init__(*args)
+            alive.append(weakref.ref(self))
+
+    monkeypatch.setattr(integration, "DacsIteration", Noted)
+    ours, optimizer = made(host, dacal={"learn": learn}, **KINDS[kind])
+    train(ours, optimizer, 1)
+    gc.disable()
+    try:
+        train(ours, optimizer, 2, first=1)
+        assert [each() for each in alive[1:]] == [None, None]
+    finally:
+        gc.enable()
 
 
 def listen(model):

@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
@@ -43,6 +44,12 @@ def mask_modules(host: Any) -> List[Any]:
     return found
 
 
+def logits_of(calibration: Calibration, call: Call, answer: Any) -> Tensor:
+    """The teacher's logits in its answer to a call, at the resolution of the image that it was asked about."""
+    height, width = call.argument(IMAGE).shape[-2:]
+    return calibration.logits(answer, (height, width))
+
+
 class HostBatch(NamedTuple):
     """What the host's data loader gives."""
 
@@ -63,7 +70,9 @@ class DacsIteration:
         calibration.check_batch(batch.target)
         calibration.to(batch.image.device)
         self.host, self.calibration, self.batch = host, calibration, batch
-        self.teacher, self.own_teacher = FirstCall(self._logits), FirstCall(self._logits)
+        # No method of this object, which would then refer to itself, and hold its tensors until the garbage collector comes.
+        logits = partial(logits_of, calibration)
+        self.teacher, self.own_teacher = FirstCall(logits), FirstCall(logits)
         self.masks = FirstCall()
         self.labels: Optional[SoftPseudoLabels] = None
         self.log_vars: Dict[str, float] = {}
@@ -87,10 +96,6 @@ class DacsIteration:
                 remedy="use DAFormer, HRDA or MIC as published, or set labels='hard', every=0",
                 error=RuntimeError,
             )
-
-    def _logits(self, call: Call, answer: Any) -> Tensor:
-        height, width = call.argument(IMAGE).shape[-2:]
-        return self.calibration.logits(answer, (height, width))
 
     def _student(self, forward_train: Callable[..., Any]) -> Callable[..., Any]:
         """The student's `forward_train`, called first with source images, then mixed ones, then masked ones."""
@@ -153,7 +158,7 @@ class DacsIteration:
         assert self.teacher.call is not None  # it has been asked about the target images
         call, network = self.teacher.call.changed(**{IMAGE: image}), network_of(teacher_of(self.host))
         with without_pictures(network), preserved(network):
-            return self._logits(call, call())
+            return logits_of(self.calibration, call, call())
 
     def _masked(self, hard_label: Tensor) -> Optional[Tensor]:
         """MIC's masked images: the soft label of the target ones among them, None if there are none."""
