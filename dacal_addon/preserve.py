@@ -12,6 +12,31 @@ from torch import Tensor, nn
 CONTAINERS = {list, dict, set, OrderedDict, defaultdict}  # whose entries are put back, if of just that type
 
 
+@contextmanager
+def in_evaluation_mode(network: Any) -> Iterator[None]:
+    """Inside, a module evaluates; afterwards each of its modules is in the mode that it was in.
+
+    Args:
+        network: a module, or what else has `modules()`; of another function nothing is known, and nothing is changed.
+
+    Example:
+        >>> network = nn.Dropout()
+        >>> with in_evaluation_mode(network):
+        ...     print(network.training)
+        False
+        >>> network.training
+        True
+    """
+    modes = [(module, module.training) for module in network.modules()] if hasattr(network, "modules") else []
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 class RandomStates:
     """A snapshot of every global random state that a student's forward pass can draw from.
 

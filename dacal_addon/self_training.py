@@ -1,16 +1,20 @@
-"""The front door: one object around a self-training loop, which learns, labels and mixes."""
+"""The front door: one object around a self-training loop, which labels, mixes, and at the end calibrates."""
 
 from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Type, Union
 
 import torch
 from torch import Tensor, nn
 
-from ._check import check_choice
-from .learners import DEFAULT_LEARNER, LEARNERS, CalibrationStepResult, Learner
-from .learners.networks import Network
+from ._check import check_choice, check_logits, problem
+from .calibrate import TemperatureEstimate, estimate_temperature, fold_temperature
+from .learners import DEFAULT_LEARNER, LEARNERS, CalibrationStepResult, Learner, Skip, SkipKind
+from .learners.inputs import ask_teacher, check_batch
+from .learners.networks import Network, Outputs
 from .mixing import class_mask, mix
-from .pseudo_labels import SoftPseudoLabeler, SoftPseudoLabels
+from .pseudo_labels import SoftPseudoLabeler, SoftPseudoLabels, one_hot
 from .temperature import MetaTemperatureNet
+
+_NO_TEMPERATURES = CalibrationStepResult(skipped=Skip(SkipKind.HARD_LABELS, "hard labels: there are no temperatures to learn"))
 
 
 class MixedBatch(NamedTuple):
@@ -19,7 +23,8 @@ class MixedBatch(NamedTuple):
     image: Tensor
     """(N, K, H, W) floating: source pixels where the mask is True, target pixels elsewhere."""
     soft_label: Tensor
-    """(N, C, H, W) floating: one-hot on source pixels, calibrated on target pixels, all zeros where nothing is known."""
+    """(N, C, H, W) floating: one-hot on source pixels, the pseudo-label on target pixels (one-hot without a learner, else
+    calibrated), all zeros where nothing is known."""
     weight: Tensor
     """(N, H, W) floating: 1 on source pixels, the pseudo-label's weight on target pixels."""
     mask: Tensor
@@ -31,18 +36,21 @@ class MixedBatch(NamedTuple):
 
 
 class DACal:
-    """Calibrated self-training around a loop of your own: per iteration, one call that learns, labels and mixes.
+    """Self-training that ends calibrated: per iteration, one call that labels and mixes; at the end, one that calibrates.
 
-    Nothing of the student or its optimizer changes; its pass over the mixed image, the source loss and the teacher's update
-    stay yours. The teacher is asked about the target images once, in the mode that it is in.
+    Nothing of the student or its optimizer changes in an iteration; its pass over the mixed image, the source loss and the
+    teacher's update stay yours. The teacher is asked about the target images once, in the mode that it is in.
+
+    Without a learner the student is taught hard pseudo-labels, and `calibrate` folds one temperature into it afterwards: what
+    did best in `benchmarks/README.md`. With one, labels are soft, and their temperatures learn along: DA-Cal's way.
 
     Args:
         student: the network that you train, called as `student(image)`.
         teacher: its EMA copy, likewise.
-        optimizer: the student's. None with learner "fit", which does not need it, or to tell it later
-            (`dacal.learner.use_optimizer`).
+        optimizer: the student's. None where no learner needs it, or to tell it later (`dacal.learner.use_optimizer`).
         num_classes: C.
-        learner: a name in `dacal_addon.learners.LEARNERS`, or a class of your own: how the temperatures learn.
+        learner: None for hard labels; a name in `dacal_addon.learners.LEARNERS`, or a class of your own: how the temperatures
+            of soft labels learn.
         temperature_net: by default the `MetaTemperatureNet` that the learner works best with, on the student's device.
         meta_optimizer: of the temperature net; by default Adam with the learner's own learning rate.
         weight, threshold, ignore_top, ignore_bottom: of the pseudo-labels, see `SoftPseudoLabeler`.
@@ -50,10 +58,11 @@ class DACal:
             `lambda out: out.logits`. They may have a lower resolution than the labels.
         features_of: takes the features out of what the teacher returns, for a `temperature_net` with `feature_channels`.
         ignore_index: of source labels; may be a class.
-        options: of the learner: `every`, `warmup`, `engine` and so on.
+        generator: for masks, and judged sets that draw; by default one with seed 0. Part of the state.
+        options: of the learner: `every`, `warmup`, `engine`, `judged_set` and so on.
 
     Raises:
-        ValueError, TypeError: what `SoftPseudoLabeler` and the learner refuse.
+        ValueError, TypeError: what `SoftPseudoLabeler` and the learner refuse; options of a learner where there is none.
 
     Example:
         >>> from dacal_addon import soft_cross_entropy
@@ -66,18 +75,21 @@ class DACal:
         >>> loss = soft_cross_entropy(student(mixed.image), mixed.soft_label, mixed.weight)
         >>> loss.requires_grad, mixed.soft_label.requires_grad
         (True, False)
+        >>> found = dacal.calibrate(source=(image, label), target=image)  # once, when training is over
+        >>> found.temperature > 0
+        True
 
-    Source: DA-Cal (Li et al., arXiv 2602.20860).
+    Source: DACS (Tranheden et al., WACV 2021); with a learner DA-Cal (Li et al., arXiv 2602.20860).
     """
 
     def __init__(
         self,
         student: nn.Module,
         teacher: Network,
-        optimizer: Optional[torch.optim.Optimizer],
+        optimizer: Optional[torch.optim.Optimizer] = None,
         *,
         num_classes: int,
-        learner: Union[str, Type[Learner]] = DEFAULT_LEARNER,
+        learner: Union[str, Type[Learner], None] = DEFAULT_LEARNER,
         temperature_net: Optional[nn.Module] = None,
         meta_optimizer: Optional[torch.optim.Optimizer] = None,
         weight: str = "ratio",
@@ -87,16 +99,21 @@ class DACal:
         logits_of: Optional[Callable[[Any], Tensor]] = None,
         features_of: Optional[Callable[[Any], Tensor]] = None,
         ignore_index: int = 255,
+        generator: Optional[torch.Generator] = None,
         **options: Any,
     ) -> None:
         if isinstance(learner, str):
             check_choice("DACal", "learner", learner, tuple(LEARNERS))
             learner = LEARNERS[learner]
-        if temperature_net is None:
+        if learner is None:
+            given = {"temperature_net": temperature_net, "meta_optimizer": meta_optimizer, "features_of": features_of}
+            odd = sorted([*options, *(name for name, value in given.items() if value is not None)])
+            if odd:
+                remedy = f"name one, learner={next(iter(LEARNERS))!r}"
+                raise problem("DACal", expected=f"a learner, whose option {odd[0]} is", got="learner=None", remedy=remedy)
+        elif temperature_net is None:
             temperature_net = MetaTemperatureNet(num_classes, **learner.defaults.net_options)
             temperature_net.to(next(student.parameters()).device)
-        if meta_optimizer is None:
-            meta_optimizer = torch.optim.Adam(temperature_net.parameters(), lr=learner.defaults.learning_rate)
         labeler = SoftPseudoLabeler(
             temperature_net,
             weight=weight,
@@ -104,18 +121,29 @@ class DACal:
             ignore_top=ignore_top,
             ignore_bottom=ignore_bottom,
         )
+        self.student = student
         self.teacher = teacher
         self.labeler = labeler
-        self.learner = learner.for_loop(
-            labeler,
-            student=student,
-            optimizer=optimizer,
-            meta_optimizer=meta_optimizer,
-            logits_of=logits_of,
-            features_of=features_of,
-            ignore_index=ignore_index,
-            **options,
-        )
+        self.generator = generator if generator is not None else torch.Generator().manual_seed(0)
+        self.ignore_index = ignore_index
+        self._num_classes = num_classes
+        self._outputs = Outputs(logits_of, features_of)
+        self.learner: Optional[Learner] = None
+        if learner is not None:
+            if meta_optimizer is None:
+                assert temperature_net is not None  # for mypy: made above
+                meta_optimizer = torch.optim.Adam(temperature_net.parameters(), lr=learner.defaults.learning_rate)
+            self.learner = learner.for_loop(
+                labeler,
+                student=student,
+                optimizer=optimizer,
+                meta_optimizer=meta_optimizer,
+                logits_of=logits_of,
+                features_of=features_of,
+                ignore_index=ignore_index,
+                generator=self.generator,
+                **options,
+            )
 
     def __call__(
         self,
@@ -127,7 +155,7 @@ class DACal:
         mask: Optional[Tensor] = None,
         valid: Optional[Tensor] = None,
     ) -> MixedBatch:
-        """Learn the temperatures, label the target images with them, and mix.
+        """Label the target images and mix; with a learner, its temperatures learn first.
 
         Args:
             source_image, target_image: (N, K, H, W), floating, as the student sees them.
@@ -139,37 +167,80 @@ class DACal:
         Raises:
             ValueError, TypeError: tensors that do not fit each other; nothing has changed then.
         """
-        learner = self.learner
-        learner.check_batch(source_image, source_label, target_image, teacher_image=teacher_image, mask=mask)
-        logits, features = learner.ask_teacher(self.teacher, target_image if teacher_image is None else teacher_image)
+        name, seen = "DACal" if self.learner is None else type(self.learner).__name__, teacher_image
+        check_batch(name, source_image, source_label, target_image, teacher_image=teacher_image, mask=mask)
+        logits, features = ask_teacher(name, self._outputs, self.teacher, target_image if seen is None else seen)
+        if self.learner is None:  # else its temperature net looks
+            check_logits(name, "logits", logits, num_classes=self._num_classes)
         if mask is None:
-            mask = class_mask(source_label, generator=learner.generator, ignore_index=learner.ignore_index)
-        learned = learner(
-            source_image,
-            source_label,
-            target_image,
-            logits,
-            teacher=self.teacher,
-            teacher_features=features,
-            teacher_image=teacher_image,
-            mask=mask,
-            valid=valid,
-        )
+            mask = class_mask(source_label, generator=self.generator, ignore_index=self.ignore_index)
+        learned = _NO_TEMPERATURES
+        if self.learner is not None:
+            learned = self.learner(
+                source_image,
+                source_label,
+                target_image,
+                logits,
+                teacher=self.teacher,
+                teacher_features=features,
+                teacher_image=teacher_image,
+                mask=mask,
+                valid=valid,
+            )
         with torch.no_grad():
-            labels = self.labeler(logits, features=features, valid=valid, ignore_index=learner.ignore_index)
+            labels = self.labeler(logits, features=features, valid=valid, ignore_index=self.ignore_index)
+        taught = labels.soft_label
+        if self.learner is None:
+            taught = one_hot(labels.pseudo_label, taught.shape[1], ignore_index=self.ignore_index).to(taught.dtype)
         return MixedBatch(
             mix(mask, source_image, target_image),
-            mix(mask, source_label, labels.soft_label, ignore_index=learner.ignore_index),
+            mix(mask, source_label, taught, ignore_index=self.ignore_index),
             mix(mask, torch.ones_like(labels.weight), labels.weight),
             mask,
             labels,
             learned,
         )
 
+    def calibrate(self, *, source: Any, target: Any, labelled_target: Any = None, **options: Any) -> TemperatureEstimate:
+        """When training is over: find one temperature for the target, and fold it into the student's last layer, in place.
+
+        Save the student for inference after this, and for further training before.
+
+        Args:
+            source, target, labelled_target, options: see `dacal_addon.calibrate.estimate_temperature`; `layer` goes to
+                `fold_temperature` too.
+
+        Raises:
+            ValueError, TypeError: what both refuse, among that a student that is calibrated already; nothing has changed then.
+        """
+        layer = options.get("layer")
+        fold_temperature(self.student, 1.0, layer=layer)  # what cannot be folded is an error before the work
+        found = estimate_temperature(
+            self.student,
+            source=source,
+            target=target,
+            labelled_target=labelled_target,
+            **{"logits_of": self._outputs.logits_of, "ignore_index": self.ignore_index, **options},
+        )
+        fold_temperature(self.student, found.temperature, layer=layer)
+        return found
+
     def state_dict(self) -> Dict[str, Any]:
         """Everything that a resumed run needs: save it with your checkpoints."""
-        return self.learner.state_dict()
+        if self.learner is not None:
+            return self.learner.state_dict()
+        return {"learner": None, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken."""
-        self.learner.load_state_dict(state)
+        """Continue exactly where `state_dict` was taken.
+
+        Raises:
+            ValueError: it was taken with another learner; nothing has changed then.
+        """
+        if self.learner is not None:
+            self.learner.load_state_dict(state)
+            return
+        if state.get("learner", "") is not None or "generator" not in state:
+            got, remedy = f"that of {state.get('learner', 'something else')}", "resume with the learner that it was written with"
+            raise problem("DACal", expected="a state without a learner", got=got, remedy=remedy)
+        self.generator.set_state(state["generator"].cpu())  # map_location may have moved it

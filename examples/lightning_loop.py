@@ -1,26 +1,26 @@
 """The loop of `plain_loop.py` as a LightningModule, with DA-Cal wrapped around it.
 
     pip install -e '.[lightning]'
-    python examples/lightning_loop.py                   # twenty seconds on two cores
-    python examples/lightning_loop.py --labels hard     # the same module without DA-Cal
+    python examples/lightning_loop.py                       # twenty seconds on two cores
+    python examples/lightning_loop.py --learner bilevel     # with temperatures that learn by the bilevel step
 
 Lightning owns the loop, the backward pass, the optimizer's step, devices and checkpoints; DA-Cal needs three of its hooks: the
-optimizer is known in `on_fit_start`, `training_step` calls it, and its state goes with the checkpoint. Temperatures are learned
-by the bilevel step here.
+optimizer is known in `on_fit_start`, `training_step` calls it, and its state goes with the checkpoint.
 """
 
 import argparse
 import copy
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Dict, Iterator, Optional, Tuple
 
 import lightning
 import torch
 import torch.nn.functional as F
-from plain_loop import CLASSES, loss_on_hard_labels, network, pictures
+from plain_loop import CLASSES, network, pictures
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from dacal_addon import DACal, soft_cross_entropy
+from dacal_addon.learners import LEARNERS
 from dacal_addon.metrics import CalibrationStats
 
 Batch = Tuple[Tensor, Tensor, Tensor, Tensor]
@@ -40,19 +40,16 @@ class Pictures(IterableDataset):  # type: ignore[type-arg]  # not subscriptable 
 
 
 class SelfTraining(lightning.LightningModule):
-    """A student, its EMA teacher, and labels for the target: "dacal" or "hard"."""
+    """A student, its EMA teacher, and labels for the target: hard ones, or soft ones of a learner."""
 
-    def __init__(self, labels: str, warmup: int) -> None:
+    def __init__(self, learner: Optional[str], warmup: int) -> None:
         super().__init__()
         self.student = network()
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        self.labels = labels
         self.stats = CalibrationStats(CLASSES, input="logits")
-        self.masks = torch.Generator().manual_seed(0)
         # DA-Cal: what to set up once. No submodule: Lightning's optimizers, DDP and summaries shall not see it.
-        self.dacal = DACal(
-            self.student, self.teacher, None, num_classes=CLASSES, learner="bilevel", threshold=0.8, warmup=warmup
-        )
+        options: Dict[str, Any] = {"learner": learner, "warmup": warmup} if learner else {}
+        self.dacal = DACal(self.student, self.teacher, num_classes=CLASSES, threshold=0.8, **options)
         # DA-Cal: end
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -60,9 +57,10 @@ class SelfTraining(lightning.LightningModule):
 
     # DA-Cal: the device and the optimizer are known now; the state goes with the checkpoint.
     def on_fit_start(self) -> None:
-        self.dacal.learner.to(self.device)
         optimizer: Any = self.optimizers()
-        self.dacal.learner.use_optimizer(optimizer.optimizer)
+        if self.dacal.learner is not None:
+            self.dacal.learner.to(self.device)
+            self.dacal.learner.use_optimizer(optimizer.optimizer)
 
     def on_save_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
         checkpoint["dacal"] = self.dacal.state_dict()
@@ -74,15 +72,12 @@ class SelfTraining(lightning.LightningModule):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         source_image, source_label, target_image, _ = batch
-        if self.labels == "hard":
-            mixed_loss = loss_on_hard_labels(self.student, self.teacher, source_image, source_label, target_image, self.masks)
-        else:
-            # DA-Cal: what to call at every iteration
-            mixed = self.dacal(source_image, source_label, target_image)
-            mixed_loss = soft_cross_entropy(self.student(mixed.image), mixed.soft_label, mixed.weight)
-            # DA-Cal: end
-            if mixed.learned.skipped is None:
-                self.log("temperature", mixed.learned.temperature_mean, prog_bar=True)
+        # DA-Cal: what to call at every iteration
+        mixed = self.dacal(source_image, source_label, target_image)
+        mixed_loss: Tensor = soft_cross_entropy(self.student(mixed.image), mixed.soft_label, mixed.weight)
+        # DA-Cal: end
+        if mixed.learned.skipped is None:
+            self.log("temperature", mixed.learned.temperature_mean, prog_bar=True)
         return F.cross_entropy(self.student(source_image), source_label) + mixed_loss
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
@@ -104,7 +99,7 @@ class SelfTraining(lightning.LightningModule):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--labels", choices=("dacal", "hard"), default="dacal", help="how target images are labelled")
+    parser.add_argument("--learner", choices=tuple(LEARNERS), help="of the temperatures; default: none, labels are hard")
     parser.add_argument("--iters", type=int, default=400, help="iterations, of which the first quarter is the warm-up")
     parser.add_argument("--batch", type=int, default=8, help="images of each domain")
     parser.add_argument("--checkpoint", help="where to save the end of the run")
@@ -114,7 +109,7 @@ def main() -> None:
     trainer = lightning.Trainer(
         max_steps=options.iters, accelerator="auto", devices=1, logger=False, enable_checkpointing=False, limit_val_batches=10
     )
-    module = SelfTraining(options.labels, options.iters // 4)
+    module = SelfTraining(options.learner, options.iters // 4)
     train, validation = (DataLoader(Pictures(options.batch, seed), batch_size=None) for seed in (0, 10_000))
     trainer.fit(module, train, ckpt_path=options.resume)
     if options.checkpoint:

@@ -1,26 +1,26 @@
 """A whole self-training loop in plain PyTorch, with DA-Cal wrapped around it.
 
-    python examples/plain_loop.py                            # half a minute on two cores
-    python examples/plain_loop.py --labels dacal-bilevel     # temperatures by the paper's meta-step; about a minute
-    python examples/plain_loop.py --labels hard              # the same loop without DA-Cal
+    python examples/plain_loop.py                      # hard labels, and one temperature at the end: half a minute on two cores
+    python examples/plain_loop.py --learner bilevel    # soft labels, temperatures by the paper's meta-step; about a minute
+    python examples/plain_loop.py --learner fit        # the same, temperatures fitted on blends of target images
 
 It shows how to wrap a loop; how much that helps is what `dacal demo` and `benchmarks/` are for. Everything between the marks
-is what DA-Cal adds to a loop that was there before. The data are small procedural pictures: discs on a background, bright on
-the source and dim on the target.
+is what this package adds. The data are small procedural pictures: discs on a background, bright on the source and dim on the
+target.
 """
 
 import argparse
 import copy
-from typing import Tuple
+from typing import Any, Dict, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dacal_addon import DACal, SoftPseudoLabeler, soft_cross_entropy
+from dacal_addon import DACal, soft_cross_entropy
 from dacal_addon.engines import ENGINES
+from dacal_addon.learners import LEARNERS
 from dacal_addon.metrics import CalibrationStats
-from dacal_addon.mixing import class_mask, mix
 
 CLASSES = 4
 
@@ -46,26 +46,9 @@ def network() -> nn.Sequential:
     return nn.Sequential(layer(3, 16), layer(16, 16), layer(16, 16), nn.Conv2d(16, CLASSES, 1))
 
 
-def loss_on_hard_labels(
-    student: nn.Module,
-    teacher: nn.Module,
-    source_image: Tensor,
-    source_label: Tensor,
-    target_image: Tensor,
-    generator: torch.Generator,
-) -> Tensor:
-    """The mixed loss of the loop as it was before: the teacher's argmax, weighted by the share of confident pixels."""
-    with torch.no_grad():
-        labels = SoftPseudoLabeler(None, threshold=0.8)(teacher(target_image))
-    mask = class_mask(source_label, generator=generator)
-    logits = student(mix(mask, source_image, target_image))
-    weight = mix(mask, torch.ones_like(labels.weight), labels.weight)
-    return (F.cross_entropy(logits, mix(mask, source_label, labels.pseudo_label), reduction="none") * weight).mean()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--labels", choices=("dacal", "dacal-bilevel", "hard"), default="dacal", help="of target images")
+    parser.add_argument("--learner", choices=tuple(LEARNERS), help="of the temperatures; default: none, labels are hard")
     parser.add_argument("--engine", choices=ENGINES, default="auto", help="of the meta-step")
     parser.add_argument("--iters", type=int, default=400, help="the meta-step waits for a quarter of them")
     parser.add_argument("--batch", type=int, default=8, help="images of each domain")
@@ -79,8 +62,9 @@ def main() -> None:
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
 
     # DA-Cal: what to set up once. The default threshold, 0.968, is for students that train for 40,000 iterations.
-    bilevel = {"learner": "bilevel", "engine": options.engine, "warmup": options.iters // 4}
-    learner = bilevel if options.labels == "dacal-bilevel" else {}
+    learner: Dict[str, Any] = {"learner": options.learner} if options.learner else {}
+    if options.learner == "bilevel":
+        learner.update(engine=options.engine, warmup=options.iters // 4)
     dacal = DACal(student, teacher, optimizer, num_classes=CLASSES, threshold=0.8, generator=generator, **learner)
     # DA-Cal: end
 
@@ -88,17 +72,14 @@ def main() -> None:
     for iteration in range(options.iters):
         source_image, source_label = pictures(options.batch, "source", generator)
         target_image, _ = pictures(options.batch, "target", generator)
-        if options.labels == "hard":
-            mixed_loss = loss_on_hard_labels(student, teacher, source_image, source_label, target_image, generator)
-        else:
-            # DA-Cal: what to call at every iteration
-            mixed = dacal(source_image, source_label, target_image)
-            mixed_loss = soft_cross_entropy(student(mixed.image), mixed.soft_label, mixed.weight)
-            # DA-Cal: end
-            if iteration % print_every == 0:
-                loss, temperature = mixed.learned.outer_loss_before, mixed.labels.temperature
-                done = f"loss on the judged set {loss:.4f}, T {temperature.min():.2f}..{temperature.max():.2f}"
-                print(f"iteration {iteration}: {mixed.learned.skipped or done}")
+        # DA-Cal: what to call at every iteration
+        mixed = dacal(source_image, source_label, target_image)
+        mixed_loss = soft_cross_entropy(student(mixed.image), mixed.soft_label, mixed.weight)
+        # DA-Cal: end
+        if options.learner and iteration % print_every == 0:
+            loss, temperature = mixed.learned.outer_loss_before, mixed.labels.temperature
+            done = f"loss on the judged set {loss:.4f}, T {temperature.min():.2f}..{temperature.max():.2f}"
+            print(f"iteration {iteration}: {mixed.learned.skipped or done}")
         optimizer.zero_grad()
         (F.cross_entropy(student(source_image), source_label) + mixed_loss).backward()
         optimizer.step()
@@ -111,13 +92,22 @@ def main() -> None:
                 copied.copy_(original)
 
     student.eval()
-    image, label = pictures(100, "target", torch.Generator().manual_seed(10_000 + options.seed))
+    report(student, options.seed)
+    # DA-Cal: what to do once, at the end: held-out source images, and target images without labels
+    found = dacal.calibrate(source=pictures(64, "source", generator), target=pictures(64, "target", generator)[0])
+    # DA-Cal: end
+    print(f"folded T = {found.temperature:.2f} into the last layer: {found.reason}")
+    report(student, options.seed)
+
+
+def report(student: nn.Module, seed: int) -> None:
+    """Print the student's figures on target images that nothing has seen."""
+    image, label = pictures(100, "target", torch.Generator().manual_seed(10_000 + seed))
     with torch.no_grad():
         logits = student(image)
     stats = CalibrationStats(logits.shape[1], input="logits")
     stats.update(logits, label)
-    print(f"target mIoU {100 * stats.miou():.1f} %")
-    print(f"target ECE  {100 * stats.ece():.2f} %")
+    print(f"target mIoU {100 * stats.miou():.1f} %, ECE {100 * stats.ece():.2f} %")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from dacal_addon.calibrate import ESTIMATORS, Estimate, Material, Pictures, estimate_temperature, estimators, fitted_temperature
-from dacal_addon.calibrate.estimate import CLEARLY, PRIOR_SPREAD, Choice, with_labels, without_labels
-from dacal_addon.calibrate.estimators import IMAGE_SPREAD, IMAGE_SPREAD_COUNTS, labelled, pooled_spread
+from dacal_addon.calibrate.estimate import CLEARLY, UNKNOWN_SPREAD, Choice, with_labels, without_labels
+from dacal_addon.calibrate.estimators import (
+    IMAGE_SPREAD,
+    IMAGE_SPREAD_COUNTS,
+    TYPICAL,
+    TYPICAL_SPREAD,
+    labelled,
+    pooled_spread,
+    typical_of,
+)
 from dacal_addon.calibrate.pictures import unlabelled
 from dacal_addon.calibrate.scaling import fitted, matched
 from dacal_addon.calibrate.shadow_regression import predicted
@@ -68,6 +76,9 @@ def test_between_equal_domains_the_factor_is_found(k):
     for name, estimator in {**ESTIMATORS, "labelled": labelled}.items():
         found = estimator(given)
         assert found.name == name
+        if name == "transcal":  # never below 1
+            assert math.isclose(found.temperature, max(1.0, k), rel_tol=0.08), found
+            continue
         if name in ("source", "labelled", "doc", "atc"):
             assert math.isclose(found.temperature, k, rel_tol=0.08), found
         elif name == "shadows":
@@ -199,67 +210,73 @@ def test_a_target_that_no_shadow_resembles_is_outside():
     found = ESTIMATORS["shadows"](material(Net().eval(), world(0), (alike, label)))
     assert not found.covered
     assert "of their farthest" in found.note
-    result = estimate_temperature(Net(), source=world(0), target=alike, pixels=384)
-    assert (result.temperature, result.taken, result.abstained) == (1.0, "none", True)
-    assert result.reason.startswith("abstains, T = 1: the target lies outside of what the shadows cover (accuracy")
 
 
 # The rules
 
-NONE = "abstains, T = 1: no estimate without labels"
+BY = "what students of hard labels typically need"
+DENIED = "abstains, T = 1: by shadows ({}) and blends ({}) the network is not overconfident"
 
 
 def estimates(**temperatures):
-    return {name: Estimate(name, t, note="no pair") for name, t in temperatures.items()}
+    found = {name: Estimate(name, t, note="no pair") for name, t in temperatures.items()}
+    return {"typical": typical_of(TYPICAL), **found}
 
 
 @pytest.mark.parametrize(
-    ("shadows", "blends", "temperature", "taken", "abstained", "reason"),
+    ("shadows", "blends", "temperature", "reason"),
     [
-        (1.5, 1.2, 1.5, "shadows", False, "the larger of shadows (1.50) and blends (1.20)"),
-        (1.2, 1.5, 1.5, "blends", False, "the larger of shadows (1.20) and blends (1.50)"),
-        (1.2, 0.95, 1.2, "shadows", False, "the larger of shadows (1.20) and blends (0.95)"),
-        (0.9, 0.8, 1.0, "none", False, "T = 1: shadows (0.90) and blends (0.80) say that none above it is needed"),
-        (1.2, 0.8, 1.0, "none", True, "abstains, T = 1: shadows (1.20) and blends (0.80) contradict each other"),
-        (0.8, 1.2, 1.0, "none", True, "abstains, T = 1: shadows (0.80) and blends (1.20) contradict each other"),
-        (1.09, 0.8, 1.09, "shadows", False, "the larger of shadows (1.09) and blends (0.80)"),
-        (1.3, math.nan, 1.3, "shadows", False, "shadows (1.30) alone; the other has no estimate"),
-        (math.nan, math.nan, 1.0, "none", True, f"{NONE} (shadows: no pair; blends: no pair)"),
+        (1.5, 1.2, TYPICAL, f"{BY}; shadows (1.50) and blends (1.20) beside it"),
+        (0.5, 1.2, TYPICAL, f"{BY}; shadows (0.50) and blends (1.20) beside it"),
+        (0.95, 0.95, TYPICAL, f"{BY}; shadows (0.95) and blends (0.95) beside it"),
+        (0.8, 0.7, 1.0, DENIED.format("0.80", "0.70")),
+        (0.8, math.nan, TYPICAL, f"{BY}; shadows (0.80) beside it"),
+        (math.nan, math.nan, TYPICAL, BY),
     ],
 )  # fmt: skip
-def test_without_labels_the_larger_one_is_taken_or_none(shadows, blends, temperature, taken, abstained, reason):
-    assert 1.09 < CLEARLY < 1.2
+def test_without_labels_the_typical_one_is_taken_unless_both_deny_it(shadows, blends, temperature, reason):
+    assert 1.05 < CLEARLY < 1.2
     found = without_labels(estimates(shadows=shadows, blends=blends, source=9.0))
-    assert found == (temperature, taken, reason, abstained)
+    assert found == (temperature, "typical" if temperature == TYPICAL else "none", reason, temperature == 1.0)
 
 
-def test_outside_of_the_shadows_nothing_is_taken():
-    given = estimates(shadows=1.5, blends=1.4)
+def test_outside_of_the_shadows_they_have_no_say():
+    given = estimates(shadows=0.5, blends=0.4)
+    assert without_labels(given).abstained
     given["shadows"] = given["shadows"]._replace(covered=False)
-    found = without_labels(given)
-    assert found == (1.0, "none", "abstains, T = 1: the target lies outside of what the shadows cover (no pair)", True)
-    assert without_labels({}).reason == f"{NONE} (neither shadows nor blends were asked)"
+    assert without_labels(given)[:2] == (TYPICAL, "typical")
 
 
-def test_labels_and_prior_are_weighted_by_precision():
-    prior = Choice(2.0, "shadows", "why", False)
+def test_where_nothing_is_typical_nothing_is_taken():
+    nothing = Choice(1.0, "none", "T = 1: nothing is known of networks of this kind", True)
+    assert without_labels({}) == without_labels({"typical": typical_of(1.0), "shadows": Estimate("shadows", 2.0)}) == nothing
+    own = estimate_temperature(Net(2.0), typical=1.7, estimators={}, **SMALL)
+    assert (own.temperature, own.taken, own.reason) == (1.7, "typical", "what was said to be typical")
+    none = estimate_temperature(Net(2.0), typical=1.0, estimators={}, **SMALL)
+    assert (none.temperature, none.abstained) == (1.0, True)
+
+
+@pytest.mark.parametrize(("abstained", "prior_spread"), [(False, TYPICAL_SPREAD), (True, UNKNOWN_SPREAD)])
+def test_labels_and_prior_are_weighted_by_precision(abstained, prior_spread):
+    prior = Choice(2.0, "typical", "why", abstained)
     for spread in (0.05, 0.2, 1.0):
-        own, other = spread**-2, PRIOR_SPREAD**-2
+        own, other = spread**-2, prior_spread**-2
         expected = math.exp((own * math.log(0.8) + other * math.log(2.0)) / (own + other))
         found = with_labels(prior, Estimate("labelled", 0.8, spread=spread))
         assert found.temperature == pytest.approx(expected)
         assert f"count {own / (own + other):.0%}" in found.reason
         assert "why" in found.reason
     nothing = with_labels(prior, Estimate("labelled", math.nan, note="no pixel is judged"))
-    assert nothing == (2.0, "shadows", "why; the labelled images say nothing (no pixel is judged)", False)
+    assert nothing == (2.0, "typical", "why; the labelled images say nothing (no pixel is judged)", abstained)
 
 
 def test_one_image_changes_little_and_ten_decide():
     def share(k, bootstrap):
-        return 1 / (1 + (pooled_spread(bootstrap, k) / PRIOR_SPREAD) ** 2)
+        return 1 / (1 + (pooled_spread(bootstrap, k) / TYPICAL_SPREAD) ** 2)
 
-    assert share(1, math.nan) < 0.36
-    assert share(10, IMAGE_SPREAD / math.sqrt(10)) > 0.8
+    assert share(1, math.nan) < 0.2
+    assert share(10, IMAGE_SPREAD / math.sqrt(10)) > 0.6
+    assert share(20, IMAGE_SPREAD / math.sqrt(20)) > 0.75
     assert share(2, 0.0) < share(3, 0.0) < share(10, 0.0)  # two images that agree by chance are not believed
     assert share(2, 0.0) < 0.6
     assert pooled_spread(0.2, 5) == pytest.approx(
@@ -352,14 +369,14 @@ def test_no_estimator_changes_another_and_the_seed_decides():
     full = estimate_temperature(Net(2.0), **SMALL)
     for name in ESTIMATORS:
         alone = estimate_temperature(Net(2.0), estimators={name: ESTIMATORS[name]}, **SMALL)
-        assert list(alone.estimates) == [name]
+        assert list(alone.estimates) == ["typical", name]
         assert same(alone, full)
-    assert list(full.estimates) == list(ESTIMATORS)
+    assert list(full.estimates) == ["typical", *ESTIMATORS]
     other = estimate_temperature(Net(2.0), generator=generator(1), **SMALL)
     assert other.estimates["shadow_fit"] != full.estimates["shadow_fit"]
     own = estimate_temperature(Net(), estimators={"own": lambda given: Estimate("own", 3.0)}, **SMALL)
     assert own.estimates["own"].temperature == 3.0
-    assert own.abstained
+    assert own.taken == "typical"
 
 
 def test_batches_are_the_same_as_tensors():
@@ -470,7 +487,7 @@ IMAGE, LABEL = SMALL["source"]
         ({"source": (IMAGE, LABEL[:, :5])}, ValueError, r"label of source: an int64 tensor \(6, 16, 24\)"),
         ({"source": (IMAGE, LABEL + 50)}, ValueError, "label: classes 0..3 or ignore_index=255, got the"),
         ({"source": (IMAGE, 255 + 0 * LABEL)}, ValueError, "source labels that are classes, got none"),
-        ({"estimators": {}}, ValueError, "expected estimators: at least one, got none"),
+        ({"typical": 0.0}, ValueError, "expected typical in 0.05..20, got 0.0"),
         ({"max_images": 0}, ValueError, "expected a whole number max_images >= 1, got 0"),
         ({"student": lambda x: x * math.nan}, ValueError, "expected finite logits, got NaN or inf among them"),
         ({"student": lambda x: x.abs() / 0}, ValueError, "expected finite logits, got NaN or inf among them"),

@@ -141,25 +141,27 @@ def test_every_make_target_and_file_that_the_readme_names_exists():
         assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("labels", ["dacal", "dacal-bilevel", "hard"])
-def test_the_plain_loop_runs(labels):
-    output = python("examples/plain_loop.py", "--iters", "80", "--batch", "2", "--labels", labels)
-    assert re.search(r"target mIoU \d+\.\d %\ntarget ECE +\d+\.\d\d %", output)
-    assert ("iteration 0: warm-up: iteration 1 of 20\n" in output) == (labels == "dacal-bilevel")
+@pytest.mark.parametrize("learner", [None, "fit", "bilevel"])
+def test_the_plain_loop_runs(learner):
+    output = python("examples/plain_loop.py", "--iters", "80", "--batch", "2", *(["--learner", learner] if learner else []))
+    figures = r"target mIoU (\d+\.\d) %, ECE \d+\.\d\d %\n"
+    before, after = re.search(rf"{figures}folded T = \d\.\d\d into the last layer: .+\n{figures}", output).groups()
+    assert before == after
+    assert ("iteration 0: warm-up: iteration 1 of 20\n" in output) == (learner == "bilevel")
     learned = re.search(r"iteration 70: loss on the judged set \d\.\d{4}, T \d\.\d\d\.\.\d\.\d\d\n", output)
-    assert bool(learned) == (labels != "hard")
+    assert bool(learned) == (learner is not None)
 
 
 def test_the_lightning_loop_runs_and_resumes(tmp_path):
     pytest.importorskip("lightning")
     saved = str(tmp_path / "end.ckpt")
     loop = ("examples/lightning_loop.py", "--batch", "2", "--checkpoint", saved)
-    for labels in ("dacal", "hard"):
-        output = python(*loop, "--iters", "60", "--labels", labels)
+    for learner in (["--learner", "bilevel"], []):
+        output = python(*loop, "--iters", "60", *learner)
         assert re.search(r"target mIoU \d+\.\d %\ntarget ECE +\d+\.\d\d %", output)
-        if labels == "dacal":
+        if learner:
             first = torch.load(saved, weights_only=False)
-            python(*loop, "--iters", "62", "--resume", saved)
+            python(*loop, "--iters", "62", *learner, "--resume", saved)
             then = torch.load(saved, weights_only=False)
             assert (first["dacal"]["iteration"], then["dacal"]["iteration"]) == (60, 62)
             assert first["dacal"]["temperature_net"]["last.bias"] != 0
@@ -238,18 +240,6 @@ def test_the_benchmark_of_the_engines_runs(tmp_path):
     assert len(smooth) == 1
     assert all(row["forward, float64"] <= 1e-10 and row["finite_difference, float64"] <= 1e-6 for row in smooth)
     assert all(row["forward, float32"] <= 1e-4 and row["finite_difference, float32"] <= 1e-2 for row in smooth)
-
-
-def test_the_benchmark_of_trained_networks_runs_and_goes_on(tmp_path):
-    command = ["benchmarks/checkpoint.py", "--quick", "--datasets", "mitochondria"]
-    folders = ["--out", tmp_path, "--cache", tmp_path / "cache", "--data", tmp_path]
-    output = python(*command, *folders)
-    assert "no *.npz there; real pictures are skipped" in output
-    assert re.search(r"mitochondria 8, seed 0: ECE \d+\.\d\d -> \d+\.\d\d \(bound \d+\.\d\d\); ", output)
-    (row,) = json.loads((tmp_path / "checkpoint.json").read_text())
-    assert row["bound"]["ece"] <= row["ece"] + 0.01
-    assert set(row["labelled"]) == {"1", "2", "5", "10", "20"}
-    assert "mitochondria 8, seed 0" not in python(*command, *folders)  # it is there already
 
 
 @pytest.mark.skipif(not hasattr(torch, "compile"), reason="one of its rows is compiled: torch >= 2.0")

@@ -1,4 +1,4 @@
-"""What a pass registers, removes or notes down in a student is taken back, to the object."""
+"""What a pass registers, removes or notes down in a student is taken back, to the object; and so are modes."""
 
 from contextlib import nullcontext
 
@@ -7,7 +7,7 @@ import torch
 from problems import randn
 from torch import nn
 
-from dacal_addon.preserve import preserved
+from dacal_addon.preserve import in_evaluation_mode, preserved
 
 HOOK_DICTS = [name for name, value in vars(nn.Module()).items() if "hook" in name and isinstance(value, dict)]
 
@@ -168,3 +168,68 @@ def test_a_lazy_module_stays_what_it_has_become_and_works():
     assert student[0].weight.shape == (2, 3, 1, 1)
     assert float(student[1].num_batches_tracked) == 0
     assert torch.equal(student(image()), first)
+
+
+class NormsEvaluate(nn.Sequential):
+    """As many backbones are trained: whatever mode they are put into, BatchNorm evaluates."""
+
+    calls = 0
+
+    def train(self, mode=True):
+        self.calls += 1
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.training = False
+        return self
+
+
+def of_mixed_modes(inner=nn.Sequential):
+    """A network, some modules of which evaluate; one of them is in it twice."""
+    shared = nn.Dropout(0.5)
+    network = nn.Sequential(inner(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), shared), nn.ModuleList([shared]), nn.Dropout(0.5))
+    network.train()
+    network[1].eval()
+    network[0][0].eval()
+    network[0][1].training = True
+    return network
+
+
+def modes(network):
+    return {name: module.training for name, module in network.named_modules()}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("inner", [nn.Sequential, NormsEvaluate])
+def test_in_evaluation_mode_every_module_evaluates_and_gets_its_own_mode_back(inner, fails):
+    network = of_mixed_modes(inner)
+    before, calls = modes(network), getattr(network[0], "calls", 0)
+    assert set(before.values()) == {True, False}
+    with pytest.raises(KeyError) if fails else nullcontext(), in_evaluation_mode(network):
+        assert set(modes(network).values()) == {False}
+        network[2].train()  # what is done inside does not matter
+        if fails:
+            raise KeyError
+    assert modes(network) == before
+    assert getattr(network[0], "calls", 0) == calls  # a `train` that does more than set flags is not called
+
+
+def test_in_evaluation_mode_nests_and_leaves_a_network_that_evaluates_alone():
+    network = of_mixed_modes()
+    before = modes(network)
+    with in_evaluation_mode(network), in_evaluation_mode(network):
+        pass
+    assert modes(network) == before
+    network.eval()
+    with in_evaluation_mode(network):
+        pass
+    assert not any(modes(network).values())
+
+
+def test_in_evaluation_mode_knows_nothing_of_functions():
+    network = of_mixed_modes()
+    for function in (lambda x: network(x), network.forward, len):
+        with in_evaluation_mode(function):
+            assert modes(network) == modes(of_mixed_modes())
+    with pytest.raises(KeyError), in_evaluation_mode(len):
+        raise KeyError

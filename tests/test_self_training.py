@@ -1,4 +1,4 @@
-"""The front door: how many lines a loop changes, on networks of many kinds; and that it holds no logic of its own."""
+"""The front door: how many lines a loop changes, on networks of many kinds; that it holds no logic of its own; its fold."""
 
 import copy
 import difflib
@@ -188,7 +188,7 @@ def test_it_holds_no_logic_of_its_own():
     teacher.body[2], teacher.head.weight.data = nn.Identity(), 9 * teacher.head.weight.data  # labels of all classes
     view, valid = target_image.flip(1), torch.ones(2, 32, 32).bool()
     valid[:, :, -4:] = False
-    dacal = DACal(student, teacher, None, num_classes=CLASSES, **options)
+    dacal = DACal(student, teacher, None, num_classes=CLASSES, learner="fit", **options)
     mixed = dacal(source_image, source_label, target_image, teacher_image=view, valid=valid)
 
     net = MetaTemperatureNet(CLASSES)
@@ -215,17 +215,17 @@ def test_a_learner_of_somebody_elses_needs_one_file():
     scene = setting(Quarter, None, learner=TowardsTwo)
     exec(WRAPPED, scene)
     assert float(scene["mixed"].labels.temperature.mean()) > 1.05
-    (skipped,) = {scene["mixed"].learned.skipped}
-    assert skipped is None
+    assert scene["mixed"].learned.skipped is None
 
 
-def test_an_ignored_class_is_nowhere_in_what_is_taught():
+@pytest.mark.parametrize("learner", [None, "fit"])
+def test_an_ignored_class_is_nowhere_in_what_is_taught(learner):
     scene = setting(Plain, None)
     source_image, source_label, target_image = scene["loader"][0]
     scene["teacher"].head.bias.data[0] += 100.0
-    dacal = DACal(scene["student"], scene["teacher"], None, num_classes=CLASSES, threshold=0.2, ignore_index=0)
+    dacal = DACal(scene["student"], scene["teacher"], num_classes=CLASSES, learner=learner, threshold=0.2, ignore_index=0)
     mixed = dacal(source_image, source_label.masked_fill(source_label == 255, 0), target_image)
-    assert mixed.learned.skipped is None
+    assert learner is None or mixed.learned.skipped is None
     assert float(mixed.soft_label[:, 0].abs().max()) == 0.0
     unlabelled = (mixed.soft_label.sum(1) == 0) & mixed.mask[:, 0]
     assert torch.equal(unlabelled, mixed.mask[:, 0] & ((source_label == 0) | (source_label == 255)))
@@ -243,7 +243,7 @@ def test_the_optimizer_may_come_later():
 
 def test_a_batch_that_cannot_be_used_is_said_and_still_mixed():
     scene = setting(Plain, None)
-    dacal = DACal(scene["student"], scene["teacher"], None, num_classes=CLASSES, threshold=1.0)
+    dacal = DACal(scene["student"], scene["teacher"], None, num_classes=CLASSES, learner="fit", threshold=1.0)
     mixed = dacal(*scene["loader"][0])
     assert mixed.learned.skipped.kind is SkipKind.UNWEIGHTED
     assert float(mixed.weight[mixed.mask[:, 0]].min()) == 1.0
@@ -254,23 +254,65 @@ def test_mistakes_are_named():
     scene = setting(Plain, None)
     with pytest.raises(ValueError, match="DACal: expected learner to be one of 'fit', 'bilevel', got 'fitted'"):
         DACal(scene["student"], scene["teacher"], None, num_classes=CLASSES, learner="fitted")
-    dacal = DACal(scene["student"], scene["teacher"], None, num_classes=CLASSES + 1)
-    with pytest.raises(ValueError, match=r"MetaTemperatureNet: expected logits: a floating tensor .* with C = 6"):
-        dacal(*scene["loader"][0])
+    for learner, name in ((None, "DACal"), ("fit", "MetaTemperatureNet")):
+        dacal = DACal(scene["student"], scene["teacher"], num_classes=CLASSES + 1, learner=learner)
+        with pytest.raises(ValueError, match=rf"{name}: expected logits: a floating tensor .* with C = 6"):
+            dacal(*scene["loader"][0])
+    with pytest.raises(ValueError, match="expected a learner, whose option every is, got learner=None; name one, learner='fit'"):
+        DACal(scene["student"], scene["teacher"], num_classes=CLASSES, every=2)
     with pytest.raises(TypeError, match="got dict of 'aux': "):
         DACal(Dictionary(), Dictionary(), None, num_classes=CLASSES)(*scene["loader"][0])
 
 
-def test_a_batch_that_is_refused_has_asked_nobody():
+@pytest.mark.parametrize("learner", [None, "fit"])
+def test_a_batch_that_is_refused_has_asked_nobody(learner):
     scene = setting(Plain, None)
     source_image, source_label, target_image = scene["loader"][0]
     scene["teacher"].train()
-    dacal = DACal(scene["student"], scene["teacher"], None, num_classes=CLASSES)
-    before = copy.deepcopy(scene["teacher"].state_dict()), dacal.learner.generator.get_state()
+    dacal = DACal(scene["student"], scene["teacher"], None, num_classes=CLASSES, learner=learner)
+    before = copy.deepcopy(scene["teacher"].state_dict()), dacal.generator.get_state()
     for wrong in ({"mask": torch.ones(2, 1, 31, 32).bool()}, {"teacher_image": target_image[..., :-1]}):
         with pytest.raises(ValueError, match=r"expected (mask: a bool|source and target)"):
             dacal(source_image, source_label, target_image, **wrong)
     with pytest.raises(ValueError, match=r"convert it with \.long"):
         dacal(source_image, source_label.float(), target_image)
     assert all(torch.equal(value, before[0][name]) for name, value in scene["teacher"].state_dict().items())
-    assert torch.equal(dacal.learner.generator.get_state(), before[1])
+    assert torch.equal(dacal.generator.get_state(), before[1])
+
+
+def test_without_a_learner_labels_are_hard_and_training_resumes_exactly():
+    whole = setting(Plain, None)
+    exec(WRAPPED, whole)
+    mixed = whole["mixed"]
+    assert mixed.learned.skipped.kind is SkipKind.HARD_LABELS
+    taught, target = mixed.soft_label, ~mixed.mask[:, 0]
+    assert set(taught.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(taught.argmax(1)[target], mixed.labels.pseudo_label[target])
+    assert 0 < float(mixed.labels.soft_label.max()) < 1
+    state = whole["saved"]["dacal"]
+    again, other = (DACal(whole["student"], whole["teacher"], num_classes=CLASSES) for _ in range(2))
+    again.load_state_dict(state)
+    masks = [dacal(*whole["loader"][0]).mask for dacal in (whole["dacal"], again, other)]
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+    fit = DACal(whole["student"], whole["teacher"], num_classes=CLASSES, learner="fit")
+    with pytest.raises(ValueError, match="expected a state without a learner, got that of TemperatureFit"):
+        again.load_state_dict(fit.state_dict())
+
+
+@pytest.mark.parametrize("network", ["plain", "dictionary"])
+def test_the_end_of_training_is_one_temperature_that_changes_no_prediction(network):
+    scene = setting(*NETWORKS[network])
+    student, logits = scene["student"], scene["logits"]
+    student.head.weight.data *= 20
+    images = torch.cat([batch[0] for batch in scene["loader"]])
+    labels = torch.randint(0, CLASSES, (len(images), 32, 32), generator=generator())  # nothing it could know
+    dacal = DACal(student, scene["teacher"], num_classes=CLASSES, logits_of=scene["logits_of"])
+    student.eval()
+    before = logits(student, images)
+    options = {"layer": "head", "max_images": 8}
+    found = dacal.calibrate(source=(images, labels), target=images, labelled_target=(images, labels), **options)
+    assert found.temperature > 1.5
+    assert torch.allclose(logits(student, images), before / found.temperature, atol=1e-5)
+    with pytest.raises(ValueError, match="expected weights into which nothing is folded"):
+        dacal.calibrate(source=(images, labels), target=images, **options)

@@ -6,6 +6,7 @@ answer, with the reason; `fold` writes it into the weights. Below them: `shadows
 the network says at some of their pixels (`pixels`), `evaluating` asks it, `classifiers` finds its last layer.
 """
 
+from ..shadows import LOOKS, Look, blurred, colour_statistics, low_frequencies, shadows
 from .classifiers import classifiers
 from .contract import Estimate, Estimator
 from .estimate import TemperatureEstimate, estimate_temperature
@@ -14,7 +15,6 @@ from .fold import TemperatureScaled, fold_checkpoint, fold_temperature, folded_t
 from .material import Material
 from .pictures import Pictures
 from .scaling import fitted_temperature, matched_temperature
-from .shadows import LOOKS, Look, blurred, colour_statistics, low_frequencies, shadows
 
 __all__ = [
     "ESTIMATORS",

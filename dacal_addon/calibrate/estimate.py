@@ -6,19 +6,19 @@ from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional, Seque
 import torch
 from torch import Tensor
 
-from .._check import check_whole, problem
+from .._check import check_number, check_whole, problem
 from ..learners.networks import Network, Outputs
 from .contract import Estimate, Estimator
-from .estimators import ESTIMATORS, labelled
+from .estimators import ESTIMATORS, TYPICAL, TYPICAL_SPREAD, labelled, typical_of
 from .material import Material
 from .pictures import labelled as labelled_pictures
 from .pictures import unlabelled as unlabelled_pictures
+from .scaling import BOUNDS
 
 CLEARLY = 1.1
-"""Estimates contradict each other where one is above this and the other below its inverse. To be measured on more sets."""
-PRIOR_SPREAD = 0.25
-"""Standard deviation of log T of the estimate without labels, or of T = 1 where it abstains, about the truth. To be measured on
-more sets."""
+"""An estimate denies overconfidence where it is below the inverse of this."""
+UNKNOWN_SPREAD = 0.3
+"""Standard deviation of the best log T about 0 where nothing is typical: about what the cells of all methods have."""
 
 Labelled = Union[Tuple[Tensor, Tensor], Iterable[Sequence[Any]]]
 Unlabelled = Union[Tensor, Iterable[Any]]
@@ -30,7 +30,7 @@ class TemperatureEstimate(NamedTuple):
     temperature: float
     """The one to fold; 1 where it abstains."""
     taken: str
-    """Which estimate that is: "shadows", "blends", "labelled and prior", or "none" where T = 1 stands in."""
+    """Which estimate that is: "typical", "labelled and prior", or "none" where T = 1 stands in."""
     reason: str
     """In words."""
     abstained: bool
@@ -57,6 +57,7 @@ def estimate_temperature(
     features_of: Optional[Callable[[Any], Tensor]] = None,
     layer: Optional[str] = None,
     generator: Optional[torch.Generator] = None,
+    typical: float = TYPICAL,
     estimators: Optional[Mapping[str, Estimator]] = None,
     max_images: int = 64,
     batch_size: int = 4,
@@ -67,8 +68,9 @@ def estimate_temperature(
 ) -> TemperatureEstimate:
     """At which T the network's softmax(z / T) is calibrated on the target, with few target labels or without any.
 
-    Without labels, by `without_labels`: the larger of what shadows and blends say, never below 1; or it abstains. With labels,
-    by `with_labels`: theirs and the one without, weighted by their precision.
+    Without labels, by `without_labels`: the temperature that students of hard pseudo-labels typically need, unless shadows and
+    blends both deny that the network is overconfident; the other estimators say what they say, and are not taken. With labels,
+    by `with_labels`: theirs and the typical one, weighted by their precision.
 
     The network is run in evaluation mode and left as it was, and so are the random states. It costs 11 passes over the source
     images and 5 over the target's, without gradient.
@@ -84,7 +86,10 @@ def estimate_temperature(
             is no such layer.
         layer: the name of that layer, where `classifiers` does not find it, as for `fold_temperature`.
         generator: gives the seed; None for 0.
-        estimators: names and functions; None for `ESTIMATORS`. The rules take "shadows" and "blends" from among them.
+        typical: what networks of this kind need. The default is of students that self-training has taught hard pseudo-labels;
+            pass 1 for others, of which nothing is known, and labels of target images if you can.
+        estimators: names and functions; None for `ESTIMATORS`. {} is quickest, with `labelled_target` or where the typical
+            temperature will do.
         max_images: of source and target each, held in memory: at random of tensors, the first ones of iterables. All labelled
             target images are used.
         batch_size, pixels, ignore_index, value_range, device: see `Material`.
@@ -99,12 +104,12 @@ def estimate_temperature(
         >>> found.taken, found.temperature > 2, sorted(found.estimates)[:3]
         ('labelled and prior', True, ['atc', 'blends', 'doc'])
 
-    How good the estimate without labels is differs between data sets, and it can do harm: `benchmarks/README.md`. Labels of
-    ten images are better wherever they can be had.
+    How good it is in how many cells: `benchmarks/README.md`. Labels of ten images are better wherever they can be had.
 
-    Source: shadows and the rules are ours; the other estimators' papers are named with them.
+    Source: shadows, the typical temperature and the rules are ours; the other estimators' papers are named with them.
     """
     check_whole("estimate_temperature", "max_images", max_images, low=1)
+    check_number("estimate_temperature", "typical", typical, low=BOUNDS[0], high=BOUNDS[1], rule=f"in {BOUNDS[0]:g}..{BOUNDS[1]:g}")
     draw = torch.Generator().manual_seed(0) if generator is None else generator
     few: Any = None
     if labelled_target is not None:
@@ -129,9 +134,7 @@ def estimate_temperature(
     if not any(bool((label != ignore_index).any()) for label in material.source.label):
         remedy = "check labels and ignore_index"
         raise problem("estimate_temperature", expected="source labels that are classes", got="none", remedy=remedy)
-    if not chosen:
-        raise problem("estimate_temperature", expected="estimators: at least one", got="none", remedy="leave it out")
-    estimates = {name: estimator(material) for name, estimator in chosen.items()}
+    estimates = {"typical": typical_of(typical), **{name: estimator(material) for name, estimator in chosen.items()}}
     choice = without_labels(estimates)
     if few is not None:
         choice = with_labels(choice, estimates["labelled"])
@@ -139,56 +142,49 @@ def estimate_temperature(
 
 
 def without_labels(estimates: Mapping[str, Estimate]) -> Choice:
-    """The larger of "shadows" and "blends", never below 1; none where they contradict each other or shadows do not reach.
+    """The "typical" temperature; T = 1 where "shadows" and "blends" both deny that there is overconfidence to take away.
 
-    Never below 1, because a network after self-training is overconfident as a rule; the larger, because images that are made
-    of what the network has learned are easier for it than the target.
+    What the estimators say of the amount is not taken: in the cells of `benchmarks/README.md` a constant was nearer to the best
+    temperature than any of them, or any mean of them, and did the least harm.
 
     Example:
-        >>> without_labels({"shadows": Estimate("shadows", 1.5), "blends": Estimate("blends", 1.2)})[:2]
-        (1.5, 'shadows')
-        >>> without_labels({"shadows": Estimate("shadows", 1.5), "blends": Estimate("blends", 0.8)}).reason
-        'abstains, T = 1: shadows (1.50) and blends (0.80) contradict each other'
+        >>> typical = Estimate("typical", 1.3, 0.15)
+        >>> without_labels({"typical": typical, "shadows": Estimate("shadows", 1.7), "blends": Estimate("blends", 0.8)})[:2]
+        (1.3, 'typical')
+        >>> without_labels({"typical": typical, "shadows": Estimate("shadows", 0.7), "blends": Estimate("blends", 0.8)}).reason
+        'abstains, T = 1: by shadows (0.70) and blends (0.80) the network is not overconfident'
     """
-    found = [estimates[name] for name in ("shadows", "blends") if name in estimates]
-    outside = [each for each in found if not each.covered]
-    if outside:
-        reason = f"abstains, T = 1: the target lies outside of what the {outside[0].name} cover ({outside[0].note})"
-        return Choice(1.0, "none", reason, True)
-    said = [each for each in found if math.isfinite(each.temperature)]
-    if not said:
-        missing = "; ".join(f"{each.name}: {each.note}" for each in found) or "neither shadows nor blends were asked"
-        return Choice(1.0, "none", f"abstains, T = 1: no estimate without labels ({missing})", True)
-    largest, least = max(said, key=_temperature), min(said, key=_temperature)
-    if largest.temperature > CLEARLY and least.temperature < 1 / CLEARLY:
-        both = " and ".join(f"{each.name} ({each.temperature:.2f})" for each in said)
-        return Choice(1.0, "none", f"abstains, T = 1: {both} contradict each other", True)
-    others = " and ".join(f"{each.name} ({each.temperature:.2f})" for each in said)
-    if largest.temperature <= 1:
-        return Choice(1.0, "none", f"T = 1: {others} say{'s' * (len(said) == 1)} that none above it is needed", False)
-    reason = f"the larger of {others}" if len(said) == 2 else f"{others} alone; the other has no estimate"
-    return Choice(largest.temperature, largest.name, reason, False)
+    typical = estimates.get("typical")
+    if typical is None or typical.temperature == 1:
+        return Choice(1.0, "none", "T = 1: nothing is known of networks of this kind", True)
+    said = [estimates[name] for name in ("shadows", "blends") if name in estimates]
+    said = [each for each in said if math.isfinite(each.temperature) and each.covered]
+    listed = " and ".join(f"{each.name} ({each.temperature:.2f})" for each in said)
+    if len(said) == 2 and all(each.temperature < 1 / CLEARLY for each in said):
+        return Choice(1.0, "none", f"abstains, T = 1: by {listed} the network is not overconfident", True)
+    beside = f"; {listed} beside it" if said else ""
+    return Choice(typical.temperature, "typical", f"{typical.note}{beside}", False)
 
 
 def with_labels(prior: Choice, by_labels: Estimate) -> Choice:
-    """The mean of the two log T, each weighted by its precision: one image changes little, ten decide.
+    """The mean of the two log T, each weighted by its precision: one image changes little, twenty decide.
+
+    Args:
+        prior: the choice without labels; its log T is known to `TYPICAL_SPREAD`, or where it abstains to `UNKNOWN_SPREAD`.
 
     Example:
-        >>> prior = Choice(2.0, "shadows", "", False)
-        >>> round(with_labels(prior, Estimate("labelled", 1.0, spread=PRIOR_SPREAD)).temperature, 3)  # half way
+        >>> prior = Choice(2.0, "typical", "", False)
+        >>> round(with_labels(prior, Estimate("labelled", 1.0, spread=TYPICAL_SPREAD)).temperature, 3)  # half way
         1.414
     """
+    spread = UNKNOWN_SPREAD if prior.abstained else TYPICAL_SPREAD
     if not math.isfinite(by_labels.temperature):
         return prior._replace(reason=f"{prior.reason}; the labelled images say nothing ({by_labels.note})")
-    precision, own = 1 / by_labels.spread**2, 1 / PRIOR_SPREAD**2
+    precision, own = 1 / by_labels.spread**2, 1 / spread**2
     share = precision / (precision + own)
     log_t = share * math.log(by_labels.temperature) + (1 - share) * math.log(prior.temperature)
     reason = (
         f"labels of target images say {by_labels.temperature:.2f} (log T to {by_labels.spread:.2f}), the estimate without them "
-        f"{prior.temperature:.2f} (to {PRIOR_SPREAD:.2f}; {prior.reason}); by precision the labels count {share:.0%}"
+        f"{prior.temperature:.2f} (to {spread:.2f}; {prior.reason}); by precision the labels count {share:.0%}"
     )
     return Choice(math.exp(log_t), "labelled and prior", reason, False)
-
-
-def _temperature(estimate: Estimate) -> float:
-    return estimate.temperature

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..shadows import LOOKS, shadows
 from .contract import Estimate
 from .curves import curves_of, fitted_spread, matched_spread, per_image, resamples, right_and_weight
 from .material import Material
 from .pixels import Pixels
 from .scaling import fitted, matched
-from .shadows import LOOKS, shadows
 
 STRENGTHS = (0.5, 1.0, 2.0)
 """Of the shadows; beside them counts the source as it is. These and the next two are to be measured on more sets."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .._check import check_choice
+from ..held_out import hold_out
 from ..progress import Progress
 from . import digits, mitochondria, streets
 
@@ -66,6 +67,13 @@ def load_dataset(name: str, *, seed: int, train_images: Optional[int] = None, te
             images, labels = zip(*pictures)
             splits[part] = Split(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)))
     return Dataset(name, tuple(module.CLASS_NAMES), module.PALETTE, **splits)
+
+
+def hold_out_source(dataset: Dataset) -> Tuple[Dataset, Split]:
+    """The data set with seven eighths of its source images to train on, and the last eighth to judge on."""
+    train, kept = hold_out(range(len(dataset.source_train.image)))
+    source = Split(*(part[train.indices] for part in dataset.source_train))
+    return dataset._replace(source_train=source), Split(*(part[kept.indices] for part in dataset.source_train))
 
 
 def _drawn(module: Any) -> Dict[str, Callable[[np.random.Generator], _Picture]]:

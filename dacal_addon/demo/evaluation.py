@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..metrics import CalibrationStats
+from ..preserve import in_evaluation_mode
 from .methods import Teaching
 from .network import SmallUNet
 
@@ -24,14 +25,8 @@ def temperature_of(teaching: Teaching, network: SmallUNet, image: Tensor, *, dev
 
 def evaluated(network: nn.Module, function: Callable[[Tensor], Any], image: Tensor, *, device: torch.device) -> Tensor:
     """A function of many images that runs the network: 25 at a time, in evaluation mode, the results on the CPU."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        with torch.no_grad():
-            return torch.cat([function(part.to(device)).cpu() for part in image.split(25)])
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with in_evaluation_mode(network), torch.no_grad():
+        return torch.cat([function(part.to(device)).cpu() for part in image.split(25)])
 
 
 class Scores(NamedTuple):

@@ -22,6 +22,8 @@ class Teaching:
     """What the student learns in one iteration. This one: the source alone."""
 
     title = "source only"
+    sees_target = False
+    """Whether it trains on target images."""
 
     def __init__(self, student: SmallUNet, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
         self.student, self.optimizer, self.recipe = student, optimizer, recipe
@@ -51,6 +53,7 @@ class HardLabels(Teaching):
     """The teacher's argmax on the target's pixels of the mixed image."""
 
     title = "hard pseudo-labels"
+    sees_target = True
     weight = "ratio"
     """A mode of `confidence_weight`; this one is DAFormer's."""
 
@@ -66,6 +69,7 @@ class SoftLabels(Teaching):
     """The teacher's softmax, T = 1."""
 
     title = "soft pseudo-labels, T = 1"
+    sees_target = True
     weight = "ratio"
 
     def teach(self, teacher: SmallUNet, batch: Batch) -> str:
@@ -79,6 +83,7 @@ class BilevelTemperatures(Teaching):
     """Soft labels whose temperatures the paper's bilevel step learns; the temperature net sees logits and features."""
 
     title = "DA-Cal, bilevel"
+    sees_target = True
 
     def __init__(self, student: SmallUNet, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
         super().__init__(student, optimizer, recipe)
@@ -123,6 +128,7 @@ class FittedTemperatures(Teaching):
     """Soft labels whose temperatures are fitted on blends of target images: the package's default."""
 
     title = "fitted temperatures"
+    sees_target = True
 
     def __init__(self, student: SmallUNet, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
         super().__init__(student, optimizer, recipe)

@@ -17,6 +17,8 @@ class Recipe(NamedTuple):
     teacher_momentum: float = 0.99
     threshold: float = 0.9
     meta_warmup: int = 50
+    target_statistics: bool = False
+    """Whether BatchNorm's statistics are taken from target images when self-training is over; not for the source alone."""
     width: int = 1
     """Of the network, see `SmallUNet`."""
 
@@ -31,8 +33,8 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "streets": Recipe(),
+    "streets": Recipe(source_iterations=1000, crop=128, teacher_momentum=0.97),
     # Handwriting takes a network longer to learn: at 300 iterations it still sees background everywhere.
-    "digits": Recipe(source_iterations=2500),
+    "digits": Recipe(source_iterations=2500, target_statistics=True),
     "mitochondria": Recipe(),
 }

@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, Iterator, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ..progress import Progress
 from .batches import batches
@@ -24,9 +24,20 @@ class Start(NamedTuple):
     optimizer_state: Dict[str, Any]
 
 
-def train_start(dataset: Dataset, recipe: Recipe, *, seed: int, device: torch.device) -> Start:
-    """Train on the source alone, as far as all methods do."""
-    student = SmallUNet(len(dataset.class_names), width=recipe.width, seed=seed).to(device)
+def train_start(
+    dataset: Dataset,
+    recipe: Recipe,
+    *,
+    seed: int,
+    device: torch.device,
+    make_network: Callable[..., SmallUNet] = SmallUNet,
+) -> Start:
+    """Train on the source alone, as far as all methods do.
+
+    Args:
+        make_network: `(num_classes, *, width, seed)` -> a network with the parts that `SmallUNet` has.
+    """
+    student = make_network(len(dataset.class_names), width=recipe.width, seed=seed).to(device)
     optimizer = _optimizer(student, recipe)
     with _seeded(seed), Progress("source, common start", recipe.source_iterations) as progress:
         for _, batch in zip(range(recipe.source_iterations), batches(dataset, recipe, seed=2 * seed, device=device)):
@@ -78,7 +89,35 @@ def train(
             schedule.step()
             update_teacher(teacher, student, recipe.teacher_momentum)
             progress.advance(f"loss {loss.item():.3f} {note}")
+    if recipe.target_statistics and teaching.sees_target:
+        for network in (student, teacher):
+            take_statistics(network, dataset.target_train.image, device=device)
     return Trained(student, teacher, teaching, time.perf_counter() - begun)
+
+
+def take_statistics(network: SmallUNet, image: Tensor, *, device: torch.device, batch: int = 10) -> None:
+    """BatchNorm's running statistics anew, as the mean over batches of these images; modes stay.
+
+    While self-training they mix those of source, mixed and, in the teacher, target images: on `digits` that costs 4 points of
+    mIoU on the target.
+
+    Source: AdaBN (Li et al., 2016).
+    """
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    modes, momenta = [(module, module.training) for module in network.modules()], [norm.momentum for norm in norms]
+    try:
+        without_dropout(network)
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain mean over the batches that follow
+        with torch.no_grad():
+            for part in image.split(batch):
+                network(part.to(device))
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+        for module, training in modes:
+            module.training = training
 
 
 def without_dropout(teacher: SmallUNet) -> SmallUNet:

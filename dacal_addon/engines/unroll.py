@@ -144,6 +144,11 @@ class _OnlyForward:
                 remedy="choose engine='forward' or 'finite_difference', which run the student itself",
             ) from error
 
+    def modules(self) -> Iterator[nn.Module]:
+        """Those of the copy, whose modes a closure may change."""
+        modules: Iterator[nn.Module] = self._copy.modules()
+        return modules
+
     def __getattr__(self, name: str) -> Any:
         raise problem(
             "hypergradient",

@@ -4,7 +4,7 @@ from typing import Any, Mapping, NamedTuple, Optional, Union
 
 from .._check import check_choice, check_number, check_whole, describe, problem
 from ..engines import ENGINES
-from ..learners import DEFAULT_LEARNER, JUDGED_SETS, LEARNERS
+from ..learners import JUDGED_SETS, LEARNERS
 from ..losses import OUTER_LOSSES
 
 LABELS = ("soft", "hard")
@@ -15,7 +15,7 @@ class HostOptions(NamedTuple):
 
     labels: str = "soft"
     """What the student is taught on target pixels: "soft", softmax(z / T), or "hard", the host's own pseudo-labels."""
-    learn: str = DEFAULT_LEARNER
+    learn: str = "fit"
     """How the temperatures learn, a name in `LEARNERS`: "fit", directly, on blends of target images (`TemperatureFit`), by a
     net that sees a pixel's confidence alone; or "bilevel", the paper's meta-step, by a net that sees all log-probabilities of
     its neighbourhood."""

@@ -1,5 +1,6 @@
 """The meta-step: learn the temperatures by looking one student update ahead."""
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, List, Optional, Type, Union
 
@@ -11,7 +12,7 @@ from ..engines import Student, Update, check_supported, has_zero_step, hypergrad
 from ..engines import backward as plain_backward
 from ..losses import InnerLoss, soft_cross_entropy
 from ..mixing import mix
-from ..preserve import Preserved, preserved
+from ..preserve import Preserved, in_evaluation_mode, preserved
 from ..pseudo_labels import SoftPseudoLabeler, SoftPseudoLabels
 from ..ranks import Ranks
 from .judged_sets import JudgedBatch
@@ -167,7 +168,9 @@ class BilevelCalibrationStep(Learner):
 
     def loss_on_judged(self, f: Student, judged: JudgedBatch) -> Tensor:
         """The outer loss of `f`, the student with the live or the virtually updated parameters."""
-        return self.outer_loss(self._logits(f, judged.image), judged.label, judged.weight, ignore_index=self.ignore_index)
+        with in_evaluation_mode(f) if judged.evaluation else nullcontext():
+            logits = self._logits(f, judged.image)
+        return self.outer_loss(logits, judged.label, judged.weight, ignore_index=self.ignore_index)
 
     def _logits(self, f: Student, image: Tensor) -> Tensor:
         return self.outputs.logits(self._name, f(image), (image.shape[-2], image.shape[-1]))

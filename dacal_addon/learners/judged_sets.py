@@ -40,6 +40,8 @@ class JudgedBatch(NamedTuple):
     """(N, H, W) int64, `ignore_index` where a pixel is not judged."""
     weight: Tensor
     """(N, H, W) floating."""
+    evaluation: bool = False
+    """Whether the network is asked in evaluation mode, as it will be used, instead of in the mode that it is in."""
 
 
 class JudgedSet(Protocol):

@@ -8,7 +8,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from functools import partial
-from typing import Any, Callable, ClassVar, Dict, List, Mapping, NamedTuple, Optional, Sequence, Type, TypeVar, Union
+from typing import Any, Callable, ClassVar, Dict, Mapping, NamedTuple, Optional, Sequence, Type, TypeVar, Union
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from .._check import (
     check_choice,
     check_classes,
-    check_image,
-    check_label,
     check_number,
     check_owner,
     check_tensor,
@@ -25,10 +23,11 @@ from .._check import (
     problem,
 )
 from ..losses import OUTER_LOSSES, OuterLoss, is_mean_over_labelled
-from ..mixing import check_mask, class_mask
+from ..mixing import class_mask
 from ..preserve import preserved
 from ..pseudo_labels import SoftPseudoLabeler, SoftPseudoLabels
 from ..ranks import Ranks
+from .inputs import ask_teacher, check_batch
 from .judged_sets import JUDGED_SETS, DomainBatch, JudgedBatch, JudgedSet
 from .networks import Network, Outputs, at_size
 from .skips import Skip, SkipKind, waiting
@@ -287,14 +286,8 @@ class Learner(ABC):
             return self._counted(learned, inner_loss=self.train_student(iteration) if backward else math.nan)
 
     def ask_teacher(self, teacher: Optional[Network], image: Tensor) -> Any:
-        """(logits, features or None) of the target images: the pass that the host would make."""
-        if teacher is None:
-            remedy = "pass teacher_logits=teacher(target_image), or teacher=teacher"
-            raise problem(self._name, expected="teacher_logits or teacher", got="neither", remedy=remedy, error=TypeError)
-        with torch.no_grad():
-            output = teacher(image)
-        size = (image.shape[-2], image.shape[-1])
-        return self.outputs.logits(self._name, output, size), self.outputs.features(self._name, output)
+        """(logits, features or None) of the target images; see `inputs.ask_teacher`."""
+        return ask_teacher(self._name, self.outputs, teacher, image)
 
     def to(self, device: Union[torch.device, str]) -> None:
         """Move the temperature net, and the state of its optimizer, which does not follow by itself."""
@@ -441,27 +434,9 @@ class Learner(ABC):
             for parameter in self.meta_parameters:
                 parameter.grad = None
 
-    def check_batch(
-        self, source_image: Any, source_label: Any, target_image: Any, *, teacher_image: Any = None, mask: Any = None
-    ) -> None:
-        """Raise what a call with these would, before any network is asked."""
-        name = self._name
-        if getattr(torch, "is_inference_mode_enabled", bool)():  # torch >= 1.9
-            remedy = "call it outside; a teacher's logits that were made inside will do"
-            expected = "gradients that can be enabled"
-            raise problem(name, expected=expected, got="torch.inference_mode", remedy=remedy, error=RuntimeError)
-        images: List[Any] = [("source_image", source_image), ("target_image", target_image)]
-        images += [] if teacher_image is None else [("teacher_image", teacher_image)]
-        for what, image in images:
-            check_image(name, what, image)
-            if image.shape != source_image.shape:
-                expected = "source and target images of one shape"
-                got = f"source_image {tuple(source_image.shape)} and {what} {tuple(image.shape)}"
-                raise problem(name, expected=expected, got=got, remedy="crop both domains to one size and batch")
-        n, _, h, w = source_image.shape
-        check_label(name, "source_label", source_label, shape=(n, h, w))
-        if mask is not None:
-            check_mask(name, mask, size=(n, h, w))
+    def check_batch(self, *images: Any, **others: Any) -> None:
+        """Raise what a call with these would, before any network is asked; see `inputs.check_batch`."""
+        check_batch(self._name, *images, **others)
 
     def _checked_logits(self, source_label: Tensor, teacher_logits: Any) -> Tensor:
         """The teacher's logits at the resolution of the labels."""

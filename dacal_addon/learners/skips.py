@@ -19,6 +19,8 @@ class SkipKind(str, Enum):
     """No pixel of the judged set has a label."""
     NO_STEP = "no_step"
     """The student's learning rate is 0, so that its virtual step leads nowhere."""
+    HARD_LABELS = "hard_labels"
+    """There are no temperatures: labels are hard."""
     ZERO = "zero"
     """The gradient of the temperature net is zero."""
 

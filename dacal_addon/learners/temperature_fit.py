@@ -1,10 +1,12 @@
 """Fitting the temperatures directly, without a virtual step: on blends of target images, whose labels are known well enough."""
 
+from contextlib import nullcontext
 from typing import Union
 
 import torch
 from torch import Tensor
 
+from ..preserve import in_evaluation_mode
 from ..pseudo_labels import LOGIT_FLOOR, without_class
 from .judged_sets import usable
 from .learner import Defaults, Iteration, Learned, Learner
@@ -69,7 +71,8 @@ class TemperatureFit(Learner):
         judged = self.judged_set(batch, generator=iteration.generator)
         if not ranks.anywhere(bool((judged.label != self.ignore_index).any()), like=judged.weight):
             return Skip(SkipKind.UNJUDGED, "no pixel is judged: the pseudo-labels of blended images are all the same")
-        output = ask(teacher, judged.image)
+        with in_evaluation_mode(teacher) if judged.evaluation else nullcontext():
+            output = ask(teacher, judged.image)
         height, width = judged.label.shape[-2:]
         logits = self.outputs.logits(self._name, output, (height, width))
         logits = without_class(self._name, logits, self.ignore_index)  # as the labeler does

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dacal_addon._check import problem
 from dacal_addon.calibrate import TemperatureEstimate, classifiers, estimate_temperature, fold_checkpoint, fold_temperature
+from dacal_addon.calibrate.report import as_numbers, as_text
 
 KEPT = ("LoadImageFromFile", "LoadAnnotations", "Resize", "Normalize")
 """The steps of a pipeline that are no augmentation."""
@@ -193,24 +194,10 @@ def estimate(network: Inference, sets: Sets, *, device: torch.device, seed: int)
     )
 
 
-def describe(found: TemperatureEstimate) -> str:
-    """Every estimate in a line, and the one that is taken."""
-    lines = [f"{'estimate':<14}{'T':>7}{'+- log T':>10}{'accuracy':>10}  on"]
-    for name, each in found.estimates.items():
-        lines.append(f"{name:<14}{each.temperature:7.3f}{each.spread:10.3f}{100 * each.accuracy:9.1f}%  {each.note}")
-    return "\n".join([*lines, f"taken: T = {found.temperature:.4g} ({found.taken}); {found.reason}"])
-
-
 def record(found: TemperatureEstimate, sets: Sets, *, held_out: bool) -> Dict[str, Any]:
     """For the checkpoint's meta: plain numbers and text."""
     return {
-        "taken": found.taken,
-        "reason": found.reason,
-        "abstained": found.abstained,
-        "estimates": {
-            name: {"temperature": each.temperature, "spread": each.spread, "accuracy": each.accuracy, "note": each.note}
-            for name, each in found.estimates.items()
-        },
+        **as_numbers(found),
         "source_images": len(sets.source),
         "source_held_out": held_out,
         "target_images": len(sets.target),
@@ -275,7 +262,7 @@ def main(arguments: List[str]) -> None:
             print(f"calibrate: labels of {len(sets.labelled)} images, which no test should count: ", end="")
             print(", ".join(sets.labelled.names()))
         found = estimate(network, sets, device=device, seed=options.seed)
-        print(describe(found))
+        print(as_text(found))
         t, done = found.temperature, record(found, sets, held_out=held_out)
     else:
         t, done = options.temperature, {"taken": "given", "reason": "--temperature"}

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._check import check_image, check_number, check_tensor, describe, problem
-from .._upcast import at_least_float32
+from ._check import check_image, check_number, check_tensor, describe, problem
+from ._upcast import at_least_float32
 
 BAND = (0.05, 0.10)
 """Of FDA, as a share of the shorter side: drawn uniformly for each image."""

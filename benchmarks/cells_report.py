@@ -1,0 +1,213 @@
+"""cells.md: what holds in how many cells, and every figure behind it."""
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Sequence
+
+from cell_folds import LABELLED, reached
+from cell_methods import Method
+
+Row = Dict[str, Any]
+LOST = 0.5
+"""Points of mIoU, and of ECE, beyond which a cell counts as harmed."""
+
+
+class Outcome(NamedTuple):
+    """A method with a fold, or without, in one cell: means over the seeds, paired with hard labels of the same seeds."""
+
+    cell: str
+    seeds: int
+    miou: float
+    gained: float
+    """Points of mIoU more than hard labels."""
+    before: float
+    """ECE of hard labels as they are, %."""
+    ece: float
+    best: float
+    """ECE of hard labels at their best single temperature."""
+
+
+def write_report(rows: Sequence[Row], path: Path, methods: Mapping[str, Method]) -> None:
+    """Write cells.md."""
+    parts = [
+        "# What holds in how many cells",
+        "Written by `benchmarks/cells.py` from `cells.json`; [README](../README.md) says what it means. Target test images, percent; "
+        "means over seeds, differences paired with hard labels by seed. *taken*: the temperature of `estimate_temperature`, "
+        "without target labels. *aim*: ECE 40 % lower than hard labels' as they are, or by three quarters of what their best "
+        "single temperature takes off.",
+        "## In short",
+        summary(rows, methods),
+        "## mIoU and ECE by cell",
+        by_cell(rows, methods),
+        "## Hard labels: every estimate",
+        estimates(rows),
+        "## Hard labels: a few labelled target images",
+        labelled(rows),
+        "## Other figures",
+        others(rows, methods),
+    ]
+    path.write_text("\n\n".join(parts) + "\n")
+
+
+def cells_of(rows: Sequence[Row]) -> List[str]:
+    return list(dict.fromkeys(row["cell"] for row in rows))
+
+
+def of(rows: Sequence[Row], method: str, cell: str) -> Dict[int, Row]:
+    """By seed."""
+    return {row["seed"]: row for row in rows if row["method"] == method and row["cell"] == cell}
+
+
+def outcomes(rows: Sequence[Row], method: str, ece_of: Callable[[Row], float]) -> List[Outcome]:
+    """In every cell that has the method and hard labels."""
+    found = []
+    for cell in cells_of(rows):
+        own, hard = of(rows, method, cell), of(rows, "hard", cell)
+        seeds = sorted(own.keys() & hard.keys())
+        if not seeds:
+            continue
+
+        def mean(value: Callable[[int], float], seeds: Sequence[int] = seeds) -> float:
+            return statistics.fmean(map(value, seeds))
+
+        found.append(
+            Outcome(
+                cell,
+                len(seeds),
+                mean(lambda seed, own=own: own[seed]["miou"]),  # type: ignore[misc]  # mypy does not infer lambdas with defaults
+                mean(lambda seed, own=own, hard=hard: own[seed]["miou"] - hard[seed]["miou"]),  # type: ignore[misc]  # likewise
+                mean(lambda seed, hard=hard: hard[seed]["ece"]),  # type: ignore[misc]  # likewise
+                mean(lambda seed, own=own: ece_of(own[seed])),  # type: ignore[misc]  # likewise
+                mean(lambda seed, hard=hard: hard[seed]["folds"]["best"]["ece"]),  # type: ignore[misc]  # likewise
+            )
+        )
+    return found
+
+
+def summary(rows: Sequence[Row], methods: Mapping[str, Method]) -> str:
+    """One row a method and fold: in how many cells it reaches the aim, harms, and the worst one."""
+    head = "| | cells | reaches the aim | ECE rises | by more than 0.5 | mIoU falls by more than 0.5 | mean mIoU | mean ECE | worst ECE | worst mIoU |"
+    lines = [head, "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for name, method in methods.items():
+        folds: Dict[str, Callable[[Row], float]] = {
+            "": lambda row: float(row["ece"]),
+            " + fold": lambda row: float(row["folds"]["taken"]["ece"]),
+            " + best single T (bound)": lambda row: float(row["folds"]["best"]["ece"]),
+        }
+        if method.gets_labels:
+            for k in LABELLED:
+                folds[f" + fold, {k} labelled"] = lambda row, k=k: statistics.fmean(row["labelled"][str(k)]["combined"])  # type: ignore[misc]  # likewise
+        for fold, ece_of in folds.items():
+            each = outcomes(rows, name, ece_of)
+            if not each:
+                continue
+            worst, lowest = max(each, key=lambda o: o.ece - o.before), min(each, key=lambda o: o.gained)
+            lines.append(
+                f"| {method.title}{fold} | {len(each)} | {sum(reached(o.before, o.ece, o.best) for o in each)} "
+                f"| {sum(o.ece > o.before for o in each)} | {sum(o.ece > o.before + LOST for o in each)} "
+                f"| {sum(o.gained < -LOST for o in each)} | {statistics.fmean(o.gained for o in each):+.1f} "
+                f"| {statistics.fmean(o.ece - o.before for o in each):+.2f} | {worst.cell} {worst.ece - worst.before:+.2f} "
+                f"| {lowest.cell} {lowest.gained:+.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def by_cell(rows: Sequence[Row], methods: Mapping[str, Method]) -> str:
+    """mIoU, ECE as trained / folded / at the best temperature."""
+    cells = cells_of(rows)
+    lines = [f"| | {' | '.join(cells)} |", "| --- |" + " --- |" * len(cells)]
+    for name, method in methods.items():
+        entries = []
+        for cell in cells:
+            own = list(of(rows, name, cell).values())
+            if not own:
+                entries.append("")
+                continue
+            figures = (
+                statistics.fmean(values)
+                for values in (
+                    [row["miou"] for row in own],
+                    [row["ece"] for row in own],
+                    [row["folds"]["taken"]["ece"] for row in own],
+                    [row["folds"]["best"]["ece"] for row in own],
+                )
+            )
+            miou, ece, taken, best = figures
+            entries.append(f"{miou:.1f}; {ece:.2f} / {taken:.2f} / {best:.2f} ({len(own)})")
+        if any(entries):
+            lines.append(f"| {method.title} | {' | '.join(entries)} |")
+    return "\n".join(lines)
+
+
+def estimates(rows: Sequence[Row]) -> str:
+    """ECE at every estimator's temperature, which that is, and how far its accuracy is off."""
+    hard = [row for row in rows if row["method"] == "hard"]
+    if not hard:
+        return "(none)"
+    names = list(dict.fromkeys(name for row in hard for name in row["folds"]))
+    lines = [f"| cell | as trained | {' | '.join(names)} |", "| --- | --- |" + " --- |" * len(names)]
+    for cell in cells_of(hard):
+        own = list(of(hard, "hard", cell).values())
+        entries = []
+        for name in names:
+            there = [row["folds"][name] for row in own if name in row["folds"]]
+            if not there:
+                entries.append("")
+                continue
+            text = (
+                f"{statistics.fmean(x['ece'] for x in there):.2f} (T {statistics.fmean(x['temperature'] for x in there):.2f})"
+            )
+            off = [
+                100 * fold["accuracy"] - row["accuracy"]
+                for row in own
+                for fold in [row["folds"].get(name, {})]
+                if isinstance(fold.get("accuracy"), float) and name not in ("best", "taken", "source", "blends", "mixed_blends")
+                if math.isfinite(fold["accuracy"])
+            ]
+            entries.append(text + (f", accuracy {statistics.fmean(off):+.1f}" if off else ""))
+        lines.append(f"| {cell} ({len(own)}) | {statistics.fmean(row['ece'] for row in own):.2f} | {' | '.join(entries)} |")
+    return "\n".join(lines)
+
+
+def labelled(rows: Sequence[Row]) -> str:
+    """ECE by number of labelled images, joined with the estimate without labels: mean of draws and seeds, and the worst."""
+    hard = [row for row in rows if row["method"] == "hard" and row["labelled"]]
+    lines = [
+        f"| cell | 0 | {' | '.join(map(str, LABELLED))} | best single T |",
+        "| --- | --- |" + " --- |" * (len(LABELLED) + 1),
+    ]
+    for cell in cells_of(hard):
+        own = list(of(hard, "hard", cell).values())
+        entries = [f"{statistics.fmean(row['folds']['taken']['ece'] for row in own):.2f}"]
+        for k in LABELLED:
+            values = [value for row in own for value in row["labelled"][str(k)]["combined"]]
+            entries.append(f"{statistics.fmean(values):.2f} ({max(values):.2f})")
+        entries.append(f"{statistics.fmean(row['folds']['best']['ece'] for row in own):.2f}")
+        lines.append(f"| {cell} | {' | '.join(entries)} |")
+    return "\n".join(lines)
+
+
+def others(rows: Sequence[Row], methods: Mapping[str, Method]) -> str:
+    """The other figures, as trained -> folded."""
+    names = {
+        "accuracy": "accuracy",
+        "ece_mass": "ECE, equal mass",
+        "ece_classwise": "class-wise ECE",
+        "nll": "NLL",
+        "brier": "Brier",
+    }
+    names["ece_wrong"] = "ECE of wrong pixels"
+    lines = [f"| cell | method | {' | '.join(names.values())} |", "| --- | --- |" + " --- |" * len(names)]
+    for cell in cells_of(rows):
+        for name, method in methods.items():
+            own = list(of(rows, name, cell).values())
+            if own:
+                entries = []
+                for key in names:
+                    plain, folded = (
+                        statistics.fmean(x[key] for x in each) for each in (own, [row["folds"]["taken"] for row in own])
+                    )
+                    entries.append(f"{plain:.2f}" if key == "accuracy" else f"{plain:.2f} -> {folded:.2f}")
+                lines.append(f"| {cell} | {method.title} | {' | '.join(entries)} |")
+    return "\n".join(lines)
