@@ -1,6 +1,5 @@
 """What one folded temperature does to a trained student: by every estimator, by few labels, and the best there is."""
 
-import math
 from typing import Any, Dict, List
 
 import numpy as np
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from dacal_addon.calibrate import estimate_temperature
 from dacal_addon.calibrate.estimate import with_labels, without_labels
+from dacal_addon.calibrate.report import as_numbers
 from dacal_addon.demo.datasets import Dataset, Split
 from dacal_addon.demo.evaluation import predict
 from dacal_addon.demo.network import SmallUNet
@@ -24,11 +24,14 @@ SHARE, FALL = 0.75, 0.40
 """The aim: that share of what the best temperature takes off the ECE, or that fall."""
 
 
-def row_of(student: SmallUNet, dataset: Dataset, held_out: Split, *, seed: int, labelled: bool) -> Dict[str, Any]:
+def row_of(
+    student: SmallUNet, dataset: Dataset, held_out: Split, *, seed: int, typical: float, closely: bool
+) -> Dict[str, Any]:
     """Figures of the student as it is and of every fold, on the target's test images. In percent, NLL in nats.
 
     Args:
-        labelled: whether to compute the folds of a few labelled target images too.
+        typical: see `estimate_temperature`.
+        closely: whether to ask every estimator, and try a few labelled target images.
     """
     logits, label = predict(student, dataset.target_test.image, device=CPU), dataset.target_test.label
 
@@ -37,20 +40,21 @@ def row_of(student: SmallUNet, dataset: Dataset, held_out: Split, *, seed: int, 
 
     source: Any = tuple(held_out)
     options: Dict[str, Any] = {"source": source, "target": dataset.target_train.image, "layer": "head"}
-    options["value_range"] = (0.0, 1.0)
-    found = estimate_temperature(student, generator=torch.Generator().manual_seed(seed), **options)
+    options.update(value_range=(0.0, 1.0), typical=typical)
+    asked: Dict[str, Any] = {"generator": torch.Generator().manual_seed(seed), "estimators": None if closely else {}}
+    found = estimate_temperature(student, **asked, **options)
     best = best_temperature(logits, label)
     folds: Dict[str, Any] = {
         "best": {"temperature": best, **figures(logits / best, label)},
         "taken": {"temperature": found.temperature, "reason": found.reason, "abstained": found.abstained},
     }
     folds["taken"].update(figures(logits / found.temperature, label))
-    for name, estimate in found.estimates.items():
-        if math.isfinite(estimate.temperature):
-            folds[name] = {**estimate._asdict(), "ece": ece_at(estimate.temperature)}
+    for name, estimate in as_numbers(found)["estimates"].items():
+        if estimate["temperature"] is not None:
+            folds[name] = {**estimate, "ece": ece_at(estimate["temperature"])}
     few: Dict[str, Any] = {}
     prior = without_labels(found.estimates)
-    for k in LABELLED if labelled else ():
+    for k in LABELLED if closely else ():
         alone: List[float] = []
         combined: List[float] = []
         for draw in range(DRAWS):

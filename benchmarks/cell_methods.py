@@ -1,22 +1,24 @@
-"""What `cells.py` compares: ways to teach the student on the target. Those of the demo, variants, another paper's, and bounds."""
+"""What `cells.py` compares: ways to teach the student on the target. The demo's, variants, another paper's, and a bound."""
 
+import math
 from typing import Any, Callable, Dict, NamedTuple, Type
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler
+from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, TemperatureFit
+from dacal_addon.calibrate.estimators import TYPICAL
 from dacal_addon.demo.batches import Batch
 from dacal_addon.demo.datasets import Split
 from dacal_addon.demo.methods import METHODS as OF_THE_DEMO
-from dacal_addon.demo.methods import HardLabels, SoftLabels, Teaching
+from dacal_addon.demo.methods import HardLabels, Teaching
 from dacal_addon.demo.network import SmallUNet
 from dacal_addon.demo.recipes import Recipe
 from dacal_addon.learners import ShadowSet
 from dacal_addon.losses import cross_entropy
 from dacal_addon.preserve import in_evaluation_mode
-from dacal_addon.pseudo_labels import SoftPseudoLabels, one_hot, soft_label
+from dacal_addon.pseudo_labels import one_hot, soft_label
 
 GAIN = 0.4
 """Of `ShadowFeedback`: log T moves by this times the student's gap."""
@@ -31,8 +33,10 @@ class Method(NamedTuple):
     title: str
     make: Callable[..., Teaching]
     """(student, optimizer, recipe, *, held_out) -> Teaching."""
-    gets_labels: bool = False
-    """Whether the folds of a few labelled target images are computed for its student too."""
+    typical: float = 1.0
+    """What `estimate_temperature` is told of its students; 1: nothing is known of those that soft labels have taught."""
+    closely: bool = False
+    """Whether every estimator and a few labelled target images are tried on its students."""
     bound: bool = False
     """Whether it sees target labels: what could be reached, no method."""
 
@@ -40,22 +44,52 @@ class Method(NamedTuple):
         return self.make(*arguments, held_out=held_out)
 
 
-class Mixture(SoftLabels):
-    """Half the teacher's argmax, half its softmax."""
+class Mixture(HardLabels):
+    """Half the teacher's argmax, half its softmax at T = 1."""
 
     title = "half hard, half soft"
     share = 0.5
     """Of the argmax."""
 
-    def label(self, labels: SoftPseudoLabels) -> Tensor:
-        hard = one_hot(labels.pseudo_label, labels.soft_label.shape[1])
-        return self.share * hard + (1 - self.share) * labels.soft_label
-
     def teach(self, teacher: SmallUNet, batch: Batch) -> str:
         with torch.no_grad():
             labels = SoftPseudoLabeler(None, threshold=self.recipe.threshold, weight=self.weight)(teacher(batch.target_image))
-        self.mixed_loss(batch, self.label(labels), labels.weight).backward()
+            hard = one_hot(labels.pseudo_label, labels.soft_label.shape[1])
+            label = self.share * hard + (1 - self.share) * labels.soft_label
+        self.mixed_loss(batch, label, labels.weight).backward()
         return ""
+
+
+class SoftLabels(Mixture):
+    """The teacher's softmax."""
+
+    title = "soft pseudo-labels, T = 1"
+    share = 0.0
+
+
+class FittedTemperatures(Teaching):
+    """Soft labels whose temperatures are fitted on blends of target images."""
+
+    title = "fitted temperatures"
+    sees_target = True
+
+    def __init__(self, student: SmallUNet, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
+        super().__init__(student, optimizer, recipe)
+        net = MetaTemperatureNet(student.head.out_channels)
+        self.temperature_net = net.to(next(student.parameters()).device)
+        self.label = SoftPseudoLabeler(net, threshold=recipe.threshold)
+        adam = torch.optim.Adam(net.parameters(), lr=TemperatureFit.defaults.learning_rate)
+        self.fit = TemperatureFit(self.label, meta_optimizer=adam)
+
+    def teach(self, teacher: SmallUNet, batch: Batch) -> str:
+        with torch.no_grad():
+            logits = teacher(batch.target_image)
+        images = (batch.source_image, batch.source_label, batch.target_image)
+        self.fit(*images, logits, teacher=teacher, mask=batch.mask, generator=batch.generator)
+        with torch.no_grad():
+            labels = self.label(logits)
+        self.mixed_loss(batch, labels.soft_label, labels.weight).backward()
+        return f"T {float(labels.temperature.min()):.2f}..{float(labels.temperature.max()):.2f}"
 
 
 class ShadowStep(Teaching):
@@ -101,20 +135,10 @@ class ShadowStep(Teaching):
             backward=True,
             generator=batch.generator,
         )
-        if not result.skipped:
-            self.last_temperature = result.temperature_mean
-            return f"T {result.temperature_mean:.2f}"
-        return ""
+        return "" if result.skipped else f"T {result.temperature_mean:.2f}"
 
 
-class ShadowStepUncapped(ShadowStep):
-    """The same with temperatures up to 4."""
-
-    title = "bilevel step on shadows, T up to 4"
-    cap = 4.0
-
-
-class ShadowFeedback(SoftLabels):
+class ShadowFeedback(HardLabels):
     """One temperature, whose logarithm moves by `GAIN` times the student's gap of confidence and accuracy on shadows."""
 
     title = "one T by the gap on shadows"
@@ -123,26 +147,22 @@ class ShadowFeedback(SoftLabels):
     def __init__(self, student: SmallUNet, optimizer: torch.optim.Optimizer, recipe: Recipe, *, held_out: Split) -> None:
         super().__init__(student, optimizer, recipe)
         self.shadows = ShadowSet(held_out.image, held_out.label, value_range=(0.0, 1.0))
-        self.log_t = torch.tensor((LOWEST * self.cap) ** 0.5).log()
+        self.log_t = math.log(LOWEST * self.cap) / 2
         self.seen = 0
-
-    def gap(self, batch: Batch) -> Tensor:
-        return gap_on(self.shadows, self.student, batch)
 
     def teach(self, teacher: SmallUNet, batch: Batch) -> str:
         self.seen += 1
         if self.seen > self.recipe.meta_warmup:
             with torch.no_grad(), in_evaluation_mode(self.student):
-                gap = self.gap(batch)
-            low, high = torch.tensor(LOWEST).log(), torch.tensor(self.cap).log()
-            self.log_t = torch.min(torch.max(self.log_t + self.gain * gap, low), high)
-        self.last_temperature = float(self.log_t.exp())
+                gap = float(gap_on(self.shadows, self.student, batch))
+            self.log_t = min(max(self.log_t + self.gain * gap, math.log(LOWEST)), math.log(self.cap))
+        temperature = math.exp(self.log_t)
         with torch.no_grad():
             logits = teacher(batch.target_image)
             labels = SoftPseudoLabeler(None, threshold=self.recipe.threshold)(logits)
-            label = soft_label(logits, torch.full_like(logits[:, :1], self.last_temperature))
+            label = soft_label(logits, torch.full_like(logits[:, :1], temperature))
         self.mixed_loss(batch, label, labels.weight).backward()
-        return f"T {self.last_temperature:.2f}"
+        return f"T {temperature:.2f}"
 
 
 class GapPenalty(HardLabels):
@@ -246,15 +266,15 @@ def _method(kind: Type[Teaching], *, sees_held_out: bool = False, **options: Any
 
 
 METHODS: Dict[str, Method] = {
-    "hard": _method(HardLabels, gets_labels=True),
-    "source-only": _method(OF_THE_DEMO["source-only"]),
+    "hard": _method(HardLabels, typical=TYPICAL, closely=True),
+    "source-only": _method(OF_THE_DEMO["source-only"], typical=TYPICAL),
     "soft": _method(SoftLabels),
     "half": _method(Mixture),
-    "fit": _method(OF_THE_DEMO["dacal"]),
-    "bilevel": _method(OF_THE_DEMO["dacal-bilevel"]),
+    "fit": _method(FittedTemperatures),
+    "bilevel": _method(OF_THE_DEMO["dacal"]),
     "shadow-step": _method(ShadowStep, sees_held_out=True),
     "shadow-feedback": _method(ShadowFeedback, sees_held_out=True),
-    "gap-penalty": _method(GapPenalty, sees_held_out=True),
-    "augcal": _method(AugCal),
+    "gap-penalty": _method(GapPenalty, sees_held_out=True, typical=TYPICAL),
+    "augcal": _method(AugCal, typical=TYPICAL),
     "bound-fitted": _method(FittedToTruth, bound=True),
 }

@@ -5,9 +5,9 @@
     python benchmarks/cells.py --methods hard soft --cells streets-600 --seeds 0
     python benchmarks/cells.py --quick --out /tmp/cells  # a few iterations, only to see that it runs
 
-Every method trains on seven eighths of the source; the last eighth is held out, for shadows and estimators. Writes cells.json, one
-run a line as soon as it is finished (the same command goes on after an interruption), and cells.md. Trained students are kept in
---cache: `--again` computes the folds of those that are there anew. Figures are of the target's test images, in percent.
+Every method trains on seven eighths of the source; the last eighth is held out, for shadows and estimators. Writes cells.json,
+one run a line as soon as it is finished (the same command goes on after an interruption), and cells.md. Trained students are
+kept in --cache: `--again` computes the folds of those that are there anew. Figures are of the target's test images, percent.
 """
 
 import argparse
@@ -72,14 +72,22 @@ class Job(NamedTuple):
     cell: Cell
     method: str
 
+    @property
+    def student(self) -> Path:
+        """Where it is kept."""
+        return self.cell.path(f"student-{self.method}")
+
 
 def data_of(cell: Cell) -> Dataset:
     """The cell's images; those of the embedded sets are made from the seed."""
-    if cell.embedded:
+    if not cell.embedded:
+        assert cell.data is not None  # for mypy
+        return real_pictures.load(Path(cell.data) / f"{cell.dataset}.npz")
+    path = Path(cell.cache) / f"data-{cell.dataset}-{cell.seed}{'-quick' if cell.quick else ''}.pt"
+    if not path.exists():  # streets take 16 s
         few = {"train_images": 16, "test_images": 4} if cell.quick else {}
-        return load_dataset(cell.dataset, seed=cell.seed, **few)
-    assert cell.data is not None  # for mypy
-    return real_pictures.load(Path(cell.data) / f"{cell.dataset}.npz")
+        save(tuple(load_dataset(cell.dataset, seed=cell.seed, **few)), path)
+    return Dataset(*torch.load(path, map_location="cpu", weights_only=False))
 
 
 def network_of(cell: Cell) -> Any:
@@ -107,7 +115,7 @@ def run(job: Job) -> Dict[str, Any]:
     """Train the student, or take it from the cache, and score it with every fold."""
     cell = job.cell
     dataset, held_out = hold_out_source(data_of(cell))
-    recipe, path = cell.recipe(), cell.path(f"student-{job.method}")
+    recipe, path = cell.recipe(), job.student
     student = network_of(cell)(len(dataset.class_names), width=recipe.width, seed=cell.seed)
     if not path.exists():
         start = start_of(cell, dataset, recipe)
@@ -116,12 +124,12 @@ def run(job: Job) -> Dict[str, Any]:
             return METHODS[job.method](*arguments, held_out=held_out)
 
         done = train(teaching, start, dataset, recipe, seed=cell.seed, device=CPU)
-        temperature = getattr(done.teaching, "last_temperature", None)
-        save({"student": done.student.state_dict(), "seconds": done.seconds, "label_temperature": temperature}, path)
+        save({"student": done.student.state_dict(), "seconds": done.seconds}, path)
     kept = torch.load(path, map_location="cpu", weights_only=False)
-    student.load_state_dict(kept.pop("student"))
-    row = row_of(student.eval(), dataset, held_out, seed=cell.seed, labelled=METHODS[job.method].gets_labels)
-    return {"cell": cell.name, "seed": cell.seed, "method": job.method, **kept, **row}
+    student.load_state_dict(kept["student"])
+    method = METHODS[job.method]
+    row = row_of(student.eval(), dataset, held_out, seed=cell.seed, typical=method.typical, closely=method.closely)
+    return {"cell": cell.name, "seed": cell.seed, "method": job.method, "seconds": kept["seconds"], **row}
 
 
 def start_worker() -> None:
@@ -150,7 +158,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--data", type=Path, help="folder of the real pictures")
     parser.add_argument("--quick", action="store_true", help="a few iterations of one seed: only to see that it runs")
-    parser.add_argument("--again", action="store_true", help="compute the folds of trained students anew")
+    parser.add_argument(
+        "--again", action="store_true", help="train nothing; compute the folds of all trained students anew"
+    )
     parser.add_argument("--report", action="store_true", help="train nothing; write cells.md again")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results, with --quick a new temporary folder")
@@ -166,6 +176,8 @@ def main() -> None:
     rows: List[Dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     if not options.report:
         jobs = [Job(cell, method) for cell in cells_of(options) for method in options.methods]
+        if options.again:
+            jobs = [job for job in jobs if job.student.exists()]
         rows = finish(jobs, rows, path, again=options.again, at_once=options.jobs)
     if rows:
         write_report(rows, options.out / "cells.md", METHODS)
@@ -193,10 +205,11 @@ def finish(jobs: List[Job], rows: List[Dict[str, Any]], path: Path, *, again: bo
             unfinished = path.with_suffix(".unfinished")
             unfinished.write_text("[\n" + ",\n".join(json.dumps(each) for each in held.values()) + "\n]\n")
             unfinished.replace(path)
+            folds = row["folds"]
             print(
-                f"{time.time() - begun:6.0f} s  {i + 1:3d} of {len(order)}  {row['cell']:<24}{row['seed']:2d}  {row['method']:<16}"
-                f"{row['miou']:5.1f} mIoU  ECE {row['ece']:5.2f}, folded {row['folds']['taken']['ece']:5.2f}, "
-                f"best {row['folds']['best']['ece']:5.2f}",
+                f"{time.time() - begun:6.0f} s  {i + 1:3d} of {len(order)}  {row['cell']:<24}{row['seed']:2d}  "
+                f"{row['method']:<16}{row['miou']:5.1f} mIoU  ECE {row['ece']:5.2f}, folded {folds['taken']['ece']:5.2f}, "
+                f"best {folds['best']['ece']:5.2f}",
                 flush=True,
             )
         pool.close()

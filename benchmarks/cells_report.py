@@ -1,12 +1,13 @@
 """cells.md: what holds in how many cells, and every figure behind it."""
 
-import math
 import statistics
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Sequence
 
 from cell_folds import LABELLED, reached
 from cell_methods import Method
+
+from dacal_addon.plots import BLUE, GREY, ORANGE, new_figure, save, styled
 
 Row = Dict[str, Any]
 LOST = 0.5
@@ -32,9 +33,10 @@ def write_report(rows: Sequence[Row], path: Path, methods: Mapping[str, Method])
     """Write cells.md."""
     parts = [
         "# What holds in how many cells",
-        "Written by `benchmarks/cells.py` from `cells.json`; [README](../README.md) says what it means. Target test images, percent; "
-        "means over seeds, differences paired with hard labels by seed. *taken*: the temperature of `estimate_temperature`, "
-        "without target labels. *aim*: ECE 40 % lower than hard labels' as they are, or by three quarters of what their best "
+        "Written by `benchmarks/cells.py` from `cells.json`; [README](../README.md) says what it means. Target test images, "
+        "percent; means over seeds, differences paired with hard labels by seed. *taken*: the temperature of "
+        "`estimate_temperature`, without target labels. *aim*: ECE 40 % lower than hard labels' as they are, or by three "
+        "quarters of what their best "
         "single temperature takes off.",
         "## In short",
         summary(rows, methods),
@@ -48,6 +50,8 @@ def write_report(rows: Sequence[Row], path: Path, methods: Mapping[str, Method])
         others(rows, methods),
     ]
     path.write_text("\n\n".join(parts) + "\n")
+    if any(row["labelled"] for row in rows):
+        save(labelled_figure(rows), path.with_name(f"{path.stem}_labelled.png"))
 
 
 def cells_of(rows: Sequence[Row]) -> List[str]:
@@ -87,7 +91,8 @@ def outcomes(rows: Sequence[Row], method: str, ece_of: Callable[[Row], float]) -
 
 def summary(rows: Sequence[Row], methods: Mapping[str, Method]) -> str:
     """One row a method and fold: in how many cells it reaches the aim, harms, and the worst one."""
-    head = "| | cells | reaches the aim | ECE rises | by more than 0.5 | mIoU falls by more than 0.5 | mean mIoU | mean ECE | worst ECE | worst mIoU |"
+    columns = ("cells", "reaches the aim", "ECE rises", f"by more than {LOST}", f"mIoU falls by more than {LOST}")
+    head = f"| | {' | '.join((*columns, 'mean mIoU', 'mean ECE', 'worst ECE', 'worst mIoU'))} |"
     lines = [head, "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for name, method in methods.items():
         folds: Dict[str, Callable[[Row], float]] = {
@@ -95,7 +100,7 @@ def summary(rows: Sequence[Row], methods: Mapping[str, Method]) -> str:
             " + fold": lambda row: float(row["folds"]["taken"]["ece"]),
             " + best single T (bound)": lambda row: float(row["folds"]["best"]["ece"]),
         }
-        if method.gets_labels:
+        if method.closely:
             for k in LABELLED:
                 folds[f" + fold, {k} labelled"] = lambda row, k=k: statistics.fmean(row["labelled"][str(k)]["combined"])  # type: ignore[misc]  # likewise
         for fold, ece_of in folds.items():
@@ -162,8 +167,7 @@ def estimates(rows: Sequence[Row]) -> str:
                 100 * fold["accuracy"] - row["accuracy"]
                 for row in own
                 for fold in [row["folds"].get(name, {})]
-                if isinstance(fold.get("accuracy"), float) and name not in ("best", "taken", "source", "blends", "mixed_blends")
-                if math.isfinite(fold["accuracy"])
+                if name not in ("best", "taken", "source", "blends", "mixed_blends") and fold.get("accuracy") is not None
             ]
             entries.append(text + (f", accuracy {statistics.fmean(off):+.1f}" if off else ""))
         lines.append(f"| {cell} ({len(own)}) | {statistics.fmean(row['ece'] for row in own):.2f} | {' | '.join(entries)} |")
@@ -186,6 +190,39 @@ def labelled(rows: Sequence[Row]) -> str:
         entries.append(f"{statistics.fmean(row['folds']['best']['ece'] for row in own):.2f}")
         lines.append(f"| {cell} | {' | '.join(entries)} |")
     return "\n".join(lines)
+
+
+def labelled_figure(rows: Sequence[Row]) -> Any:
+    """A panel a cell: ECE of hard labels against the number of labelled target images, between as trained and the best."""
+    hard = [row for row in rows if row["method"] == "hard" and row["labelled"]]
+    cells = cells_of(hard)
+    columns = min(3, len(cells))
+    with styled():
+        figure, axes = new_figure(-(-len(cells) // columns), columns, (3.0 * columns, 2.0 * -(-len(cells) // columns) + 0.6))
+        for axis in axes.flat[len(cells) :]:
+            axis.set_visible(False)
+        for axis, cell in zip(axes.flat, cells):
+            own = list(of(hard, "hard", cell).values())
+            draws = [[row["folds"]["taken"]["ece"] for row in own]]
+            draws += [[value for row in own for value in row["labelled"][str(k)]["combined"]] for k in LABELLED]
+            x = range(len(draws))
+            middle = [statistics.fmean(values) for values in draws]
+            axis.fill_between(x, [min(v) for v in draws], [max(v) for v in draws], color=BLUE, alpha=0.2, linewidth=0)
+            axis.plot(x, middle, color=BLUE, marker="o", markersize=3, label="folded T (band: all seeds and draws)")
+            for name, value, style in (
+                ("as trained", statistics.fmean(row["ece"] for row in own), "--"),
+                ("best single T", statistics.fmean(row["folds"]["best"]["ece"] for row in own), ":"),
+            ):
+                axis.axhline(value, color=ORANGE if style == "--" else GREY, linestyle=style, label=name)
+            axis.set(ylim=(0, None), xticks=list(x), xticklabels=[0, *LABELLED])
+            axis.set_title(cell, fontsize=8)
+        for axis in axes[:, 0]:
+            axis.set_ylabel("ECE %")
+        for axis in axes[-1]:
+            axis.set_xlabel("labelled target images")
+        handles, names = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncol=3)
+        return figure
 
 
 def others(rows: Sequence[Row], methods: Mapping[str, Method]) -> str:

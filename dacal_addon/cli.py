@@ -53,7 +53,7 @@ SETUP says where network and images are. It may import what lies beside it:
     def network():  # its weights come from the checkpoint
         return build(num_classes=19)
 
-    def source():  # (image, label) batches, not trained on, scaled as in training
+    def source():  # (image, label) batches, held out, scaled as in training
         return held_out_loader()
 
     def target():  # images, or batches that begin with them; no labels needed
@@ -66,6 +66,7 @@ Tensors will do for loaders. Where they are needed, it says too:
 
     logits_of = lambda output: output["out"]  # where the logits are
     layer = "head.classifier"  # which layer makes them, where it is not found
+    typical = 1.0  # of networks that were not taught hard pseudo-labels
     ignore_index = 255  # the label of pixels that do not count
     value_range = (0.0, 1.0)  # of the images, where they are not normalised
 

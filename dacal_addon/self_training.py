@@ -208,7 +208,7 @@ class DACal:
 
         Args:
             source, target, labelled_target, options: see `dacal_addon.calibrate.estimate_temperature`; `layer` goes to
-                `fold_temperature` too.
+                `fold_temperature` too, and `typical` is 1 after training with a learner, whose students differ.
 
         Raises:
             ValueError, TypeError: what both refuse, among that a student that is calibrated already; nothing has changed then.
@@ -220,10 +220,14 @@ class DACal:
             source=source,
             target=target,
             labelled_target=labelled_target,
-            **{"logits_of": self._outputs.logits_of, "ignore_index": self.ignore_index, **options},
+            **{**self._calibration_options(), **options},
         )
         fold_temperature(self.student, found.temperature, layer=layer)
         return found
+
+    def _calibration_options(self) -> Dict[str, Any]:
+        options: Dict[str, Any] = {"logits_of": self._outputs.logits_of, "ignore_index": self.ignore_index}
+        return options if self.learner is None else {**options, "typical": 1.0}
 
     def state_dict(self) -> Dict[str, Any]:
         """Everything that a resumed run needs: save it with your checkpoints."""
@@ -241,6 +245,9 @@ class DACal:
             self.learner.load_state_dict(state)
             return
         if state.get("learner", "") is not None or "generator" not in state:
-            got, remedy = f"that of {state.get('learner', 'something else')}", "resume with the learner that it was written with"
+            got, remedy = (
+                f"that of {state.get('learner', 'something else')}",
+                "resume with the learner that it was written with",
+            )
             raise problem("DACal", expected="a state without a learner", got=got, remedy=remedy)
         self.generator.set_state(state["generator"].cpu())  # map_location may have moved it

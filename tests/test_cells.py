@@ -41,7 +41,7 @@ def test_quick_trains_every_method_and_tries_every_fold(quick):
     rows = {row["method"]: row for row in json.loads((quick / "cells.json").read_text())}
     assert set(rows) == set(METHODS)
     for name, row in rows.items():
-        assert {"best", "taken"} <= set(row["folds"]) <= {"best", "taken", *ESTIMATORS}
+        assert {"best", "taken"} <= set(row["folds"]) <= {"best", "taken", "typical", *ESTIMATORS}
         assert len(row["curve"]) == len(CURVE)
         assert row["folds"]["best"]["ece"] <= min(row["ece"], *row["curve"]) + 0.02
         # A temperature changes no prediction.
@@ -56,7 +56,9 @@ def test_an_interrupted_grid_goes_on_and_the_same_command_gives_the_same(quick, 
     rows = json.loads((quick / "cells.json").read_text())
     kept = [row for row in rows if row["method"] != "soft"]
     (tmp_path / "cells.json").write_text(json.dumps(kept))
-    output = cells("--out", tmp_path, "--cache", tmp_path / "cache", "--cells", "mitochondria-4", "--methods", "hard", "soft").stdout
+    output = cells(
+        "--out", tmp_path, "--cache", tmp_path / "cache", "--cells", "mitochondria-4", "--methods", "hard", "soft"
+    ).stdout
     assert " 1 of 1 " in output
     again = {row["method"]: row for row in json.loads((tmp_path / "cells.json").read_text())}
     assert again["hard"] == next(row for row in rows if row["method"] == "hard")
@@ -70,11 +72,26 @@ def test_without_real_pictures_it_says_so(quick):
 
 
 def row(cell, method, *, seed=0, miou=50.0, ece=10.0, taken=5.0, best=2.0):
-    figures = {"accuracy": 80.0, "confidence": 90.0, "ece_mass": ece, "ece_classwise": 1.0, "brier": 30.0, "ece_wrong": 60.0, "nll": 0.7}
+    figures = {
+        "accuracy": 80.0,
+        "confidence": 90.0,
+        "ece_mass": ece,
+        "ece_classwise": 1.0,
+        "brier": 30.0,
+        "ece_wrong": 60.0,
+        "nll": 0.7,
+    }
     own = {"miou": miou, "ece": ece, **figures}
     folds = {name: {**own, "ece": value, "temperature": 1.5} for name, value in (("best", best), ("taken", taken))}
     labelled = {str(k): {"alone": [9.0, 7.0], "combined": [4.0, 2.0]} for k in (1, 2, 5, 10, 20)}
-    return {"cell": cell, "seed": seed, "method": method, **own, "folds": folds, "labelled": labelled if method == "hard" else {}}
+    return {
+        "cell": cell,
+        "seed": seed,
+        "method": method,
+        **own,
+        "folds": folds,
+        "labelled": labelled if method == "hard" else {},
+    }
 
 
 def line(page, start):

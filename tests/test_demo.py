@@ -86,26 +86,29 @@ def tiny(**changes):
     return recipe._replace(**changes)
 
 
-def test_all_methods_see_the_same_images_and_masks(dataset, monkeypatch):
+def test_all_methods_see_the_same_images_and_masks(dataset):
     """Streams of their own for images, augmentation and masks: what a method draws cannot shift what another one sees."""
     cpu = torch.device("cpu")
     start = training.train_start(dataset, tiny(), seed=0, device=cpu)
-    seen, mix = {}, methods.mix
+    seen = {}
 
-    def spy(mask, source, target):
-        if source.dim() == 4:
-            seen[method].append((mask, source, target))
-        return mix(mask, source, target)
+    def spied(method):
+        class Spied(methods.METHODS[method]):
+            def teach(self, teacher, batch):
+                seen[method].append((*batch[:-1], torch.rand(1)))  # and the dropout's seed
+                return super().teach(teacher, batch)
 
-    monkeypatch.setattr(methods, "mix", spy)
-    for method in ("hard", "soft", "dacal"):
+        return Spied
+
+    for method in methods.METHODS:
         seen[method] = []
-        trained = training.train(methods.METHODS[method], start, dataset, tiny(), seed=0, device=cpu)
-        assert type(trained.teaching) is methods.METHODS[method]
+        training.train(spied(method), start, dataset, tiny(), seed=0, device=cpu)
     assert len(seen["hard"]) == 3
-    for method in ("soft", "dacal"):
+    for method in ("source-only", "dacal"):
+        one, two = seen["hard"][0], seen[method][0]
+        assert all(torch.equal(a, b) for a, b in zip(one, two))
         for one, two in zip(seen["hard"], seen[method]):
-            assert all(torch.equal(a, b) for a, b in zip(one, two))
+            assert all(torch.equal(a, b) for a, b in zip(one[:-1], two[:-1]))
 
 
 def test_training_is_reproducible_moves_the_temperatures_and_leaves_the_start_alone(dataset):
@@ -113,7 +116,7 @@ def test_training_is_reproducible_moves_the_temperatures_and_leaves_the_start_al
     random_state = torch.get_rng_state()
     start = training.train_start(dataset, tiny(), seed=0, device=cpu)
     before = {name: value.clone() for name, value in start.student.state_dict().items()}
-    runs = [training.train(methods.FittedTemperatures, start, dataset, tiny(), seed=0, device=cpu) for _ in range(2)]
+    runs = [training.train(methods.BilevelTemperatures, start, dataset, tiny(), seed=0, device=cpu) for _ in range(2)]
     for a, b in zip(runs[0].student.parameters(), runs[1].student.parameters()):
         assert torch.equal(a, b)
     assert float(runs[0].teaching.temperature_net.last.weight.detach().abs().sum()) > 0
@@ -148,15 +151,20 @@ def test_the_command_prints_the_table_and_writes_table_and_pictures(small_demo, 
     assert cli.main(["demo", "--dataset", "digits", "--seed", "1", "--iters", "20", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     report = json.loads((out / "results.json").read_text())
-    assert [row["method"] for row in report["rows"]] == list(methods.METHODS)
+    assert [row["method"] for row in report["rows"]] == ["source-only", "hard", run.FOLDED, "dacal"]
+    hard, folded = report["rows"][1:3]
+    assert (folded["miou"], folded["accuracy"]) == (hard["miou"], hard["accuracy"])
+    said = f"from {100 * hard['ece']:.2f} to {100 * folded['ece']:.2f} %; no prediction changes."
+    assert f"One temperature, {folded['temperature']:.2f}, found without target labels" in printed
+    assert said in printed
     assert (report["dataset"], report["seed"], report["recipe"]["iterations"]) == ("digits", 1, 20)
     assert f"source-only has {100 * report['rows'][0]['source_miou']:.1f} mIoU" in printed
     for row in report["rows"]:
         assert all(0 <= row[name] <= 1 for name in ("miou", "accuracy", "confidence", "ece"))
         assert f"{100 * row['ece']:8.2f}{row['nll']:8.3f}" in printed
-        assert methods.METHODS[row["method"]].title in printed
+        assert run.TITLES[row["method"]] in printed
     pictures = {path.name for path in out.glob("*.png")}
-    assert pictures == {"reliability.png", "predictions.png", "temperature.png"}
+    assert pictures == {"reliability.png", "confidence.png"}
     assert all((out / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for name in pictures)
 
 
@@ -164,16 +172,17 @@ def test_ctrl_c_leaves_what_is_finished(small_demo, tmp_path, capsys, monkeypatc
     train = training.train
 
     def interrupted(teaching, *arguments, **options):
-        if teaching is methods.SoftLabels:
+        if teaching is methods.BilevelTemperatures:
             raise KeyboardInterrupt
         return train(teaching, *arguments, **options)
 
     monkeypatch.setattr(run, "train", interrupted)
     assert cli.main(["demo", "--iters", "2", "--out", str(tmp_path)]) == 130
     output = capsys.readouterr()
-    assert "Not finished: soft pseudo-labels, T = 1, DA-Cal" in output.err
-    assert [row["method"] for row in json.loads((tmp_path / "results.json").read_text())["rows"]] == ["source-only", "hard"]
-    assert {path.name for path in tmp_path.glob("*.png")} == {"reliability.png", "predictions.png"}
+    assert "Not finished: DA-Cal, bilevel." in output.err
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["source-only", "hard", run.FOLDED]
+    assert {path.name for path in tmp_path.glob("*.png")} == {"reliability.png", "confidence.png"}
 
 
 def test_ctrl_c_at_once_writes_nothing(tmp_path, capsys, monkeypatch):
@@ -212,3 +221,24 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     assert cli.main(["demo"]) == 1
     assert "pip install 'dacal-addon[demo]'" in capsys.readouterr().err
+
+
+def test_statistics_are_the_means_over_the_targets_images_and_only_of_who_sees_them(dataset):
+    cpu = torch.device("cpu")
+    recipe = tiny(target_statistics=True)
+    start = training.train_start(dataset, recipe, seed=0, device=cpu)
+    hard, source_only = (
+        training.train(methods.METHODS[name], start, dataset, recipe, seed=0, device=cpu) for name in ("hard", "source-only")
+    )
+    image = dataset.target_train.image
+    for trained, expected in ((hard, True), (source_only, False)):
+        for network in (trained.student, trained.teacher):
+            convolution, norm = network.stem[0][0], network.stem[0][1]
+            with torch.no_grad():
+                # In batches of ten: 12 images are ten and two, and every batch counts alike.
+                means = torch.stack([convolution(part - 0.5).mean((0, 2, 3)) for part in image.split(10)])
+            assert torch.allclose(norm.running_mean, means.mean(0), atol=1e-5) == expected
+            assert norm.momentum == 0.1
+    assert hard.student.training
+    assert hard.student.dropout.training
+    assert not hard.teacher.dropout.training

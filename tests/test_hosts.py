@@ -59,8 +59,9 @@ def test_the_defaults_suit_the_hosts_runs():
     assert parse({}) == HostOptions()
     assert not HostOptions().off
     assert HostOptions(every=0).off is False
+    assert (HostOptions().learn, HostOptions().every) == ("bilevel", 4)
     fit, bilevel = parse({"learn": "fit"}), parse({"learn": "bilevel", "meta_lr": None, "warmup_iters": None})
-    assert fit == HostOptions()
+    assert bilevel == HostOptions()
     assert (fit.warmup, fit.learning_rate) == (0, 2e-3)
     assert (bilevel.warmup, bilevel.learning_rate) == (3000, 3e-4)
     assert bilevel.warmup < 40_000 / 10

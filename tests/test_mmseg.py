@@ -2,18 +2,24 @@
 
 import copy
 import gc
+import importlib
 import math
 import random
+import re
 import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from dacal_addon.calibrate import Estimate
+from dacal_addon.calibrate.estimate import UNKNOWN_SPREAD
+from dacal_addon.calibrate.estimators import TYPICAL, TYPICAL_SPREAD
 from dacal_addon.integrations.criterion import TaughtHeads, soft_label_loss
 from dacal_addon.learners import SkipKind, bilevel
 
@@ -69,9 +75,13 @@ def batch(number, images=2, **extra):
     }
 
 
+AT_ONCE = {"warmup_iters": 0, "every": 1}
+"""Most tests have a few iterations, and temperatures are to learn at each of them."""
+
+
 def made(host, name="DACalDACS", *, dacal=None, **cfg):
     seed(0)
-    model = host[name](**cfg, **({} if dacal is None else {"dacal": {"warmup_iters": 0, **dacal}}))
+    model = host[name](**cfg, **({} if dacal is None else {"dacal": {**AT_ONCE, **dacal}}))
     groups = [
         {"params": list(model.model.backbone.parameters()), "lr": 0.01, "weight_decay": 0.1},
         {"params": list(model.model.decode_head.parameters()), "lr": 0.02},
@@ -168,7 +178,7 @@ def test_every_pass_has_the_hosts_weights(host, kind, learn):
 
 @pytest.mark.parametrize("kind", ["daformer", "hrda", "mic, own teacher"])
 def test_the_fit_is_a_step_on_blends_of_the_target_as_the_teacher_sees_them(host, kind):
-    ours, optimizer = made(host, dacal={}, **KINDS[kind])
+    ours, optimizer = made(host, dacal={"learn": "fit"}, **KINDS[kind])
     valid = torch.ones(3, 1, 16, 16)
     valid[:, :, :, :3] = 0
     train(ours, optimizer, 1, images=3, valid_pseudo_mask=valid)
@@ -209,7 +219,7 @@ def test_the_fits_own_pass_leaves_nothing_behind(host):
         module.calls = getattr(module, "calls", 0) + 1
         module.draws = torch.rand(1).item(), np.random.rand(), random.random()
 
-    for name, dacal in (("DACS", None), ("DACalDACS", {"labels": "hard"})):
+    for name, dacal in (("DACS", None), ("DACalDACS", {"labels": "hard", "learn": "fit"})):
         model, optimizer = made(host, name, dacal=dacal, kind="hrda")
         model.ema_model.backbone.register_forward_hook(disturb)
         head, pictures = model.ema_model.decode_head, []
@@ -230,17 +240,17 @@ def test_a_single_target_image_is_refused_where_it_would_be_blended(host):
         r"DACalDACS: expected batches of at least 2 target images to blend, got 1; "
         r"use data\.samples_per_gpu >= 2 or uda\.dacal\.learn='bilevel'"
     )
-    for dacal in ({}, {"labels": "hard"}, {"warmup_iters": 5}):
-        ours, optimizer = made(host, dacal=dacal)
+    for dacal in ({}, {"labels": "hard"}, {"warmup_iters": 5}, {"every": 4}):
+        ours, optimizer = made(host, dacal={"learn": "fit", **dacal})
         with pytest.raises(ValueError, match=message):
             train(ours, optimizer, 1, images=1)
-    for dacal in ({"every": 0}, {"learn": "bilevel"}):
+    for dacal in ({"learn": "fit", "every": 0}, {"learn": "bilevel"}, {}):
         ours, optimizer = made(host, dacal=dacal)
         train(ours, optimizer, 1, images=1)
 
 
 def test_without_two_labels_that_differ_nothing_is_fitted(host, caplog):
-    ours, optimizer = made(host, dacal={})
+    ours, optimizer = made(host, dacal={"learn": "fit"})
     train(ours, optimizer, 1)
     before = copy.deepcopy(ours._dacal.learner.temperature_net.state_dict())
     with torch.no_grad():
@@ -415,20 +425,22 @@ def test_a_resumed_run_goes_on_to_the_bit(host, learn):
     assert same(dict(resumed.state_dict()), dict(straight.state_dict()))
 
 
-def test_by_default_a_resumed_run_loses_what_upstream_loses(host):
-    ours, optimizer = made(host, dacal={"meta_lr": 0.01})
+@pytest.mark.parametrize("learn", ["fit", "bilevel"])
+def test_by_default_a_resumed_run_loses_what_upstream_loses(host, learn):
+    ours, optimizer = made(host, dacal={"learn": learn, "meta_lr": 0.01})
     train(ours, optimizer, 2)
-    resumed, _ = made(host, dacal={"meta_lr": 0.01})
+    resumed, _ = made(host, dacal={"learn": learn, "meta_lr": 0.01})
     resumed.load_state_dict(ours.state_dict())
     assert resumed.local_iter == 0
     assert resumed._dacal.learner.iteration == 2
     assert same(resumed._dacal.learner.temperature_net.state_dict(), ours._dacal.learner.temperature_net.state_dict())
 
 
-def test_checkpoints_of_the_host_are_taken_and_ours_by_it(host, caplog):
+@pytest.mark.parametrize("learn", ["fit", "bilevel"])
+def test_checkpoints_of_the_host_are_taken_and_ours_by_it(host, caplog, learn):
     plain, optimizer = made(host, "DACS")
     train(plain, optimizer, 1)
-    ours, _ = made(host, dacal={})
+    ours, _ = made(host, dacal={"learn": learn})
     with caplog.at_level("WARNING", logger="mmseg"):
         ours.load_state_dict(plain.state_dict())
     assert "no state of DACalDACS" in caplog.text
@@ -439,9 +451,9 @@ def test_checkpoints_of_the_host_are_taken_and_ours_by_it(host, caplog):
 
 
 def test_a_checkpoint_of_another_net_is_refused_and_nothing_changed(host):
-    ours, optimizer = made(host, dacal={})
+    ours, optimizer = made(host, dacal={"learn": "fit"})
     train(ours, optimizer, 1)
-    wide, _ = made(host, dacal={"hidden_channels": 20})
+    wide, _ = made(host, dacal={"learn": "fit", "hidden_channels": 20})
     bilevel, _ = made(host, dacal={"learn": "bilevel"})
     for one, other, name in (
         (ours, wide, "TemperatureFit"),
@@ -462,12 +474,13 @@ def test_a_checkpoint_of_another_net_is_refused_and_nothing_changed(host):
         assert same(ours._dacal.state_dict(), before)
 
 
-def test_a_checkpoint_of_an_old_torch_gives_the_steps_as_this_one_counts_them(host):
-    ours, optimizer = made(host, dacal={})
+@pytest.mark.parametrize("learn", ["fit", "bilevel"])
+def test_a_checkpoint_of_an_old_torch_gives_the_steps_as_this_one_counts_them(host, learn):
+    ours, optimizer = made(host, dacal={"learn": learn})
     train(ours, optimizer, 2)
     for kind in (torch.int64, torch.float32):  # torch < 1.12 counts in whole numbers
         flat = {name: value.to(kind) if name.endswith(".step") else value for name, value in ours._dacal.state_dict().items()}
-        again, _ = made(host, dacal={})
+        again, _ = made(host, dacal={"learn": learn})
         again._dacal.load_state_dict(flat)
         one, other = (model._dacal.learner.meta_optimizer.state_dict()["state"][0]["step"] for model in (ours, again))
         assert type(one) is type(other)
@@ -511,7 +524,7 @@ def test_what_is_not_finite_is_skipped_with_a_warning(host, learn, caplog):
 
 
 def test_blends_on_which_the_teacher_overflows_are_skipped(host):
-    ours, optimizer = made(host, dacal={})
+    ours, optimizer = made(host, dacal={"learn": "fit"})
     train(ours, optimizer, 1)
     before, calls = copy.deepcopy(ours._dacal.learner.temperature_net.state_dict()), []
 
@@ -532,7 +545,7 @@ def test_temperature_maps_lie_beside_the_hosts_pictures_and_cost_no_run(host, tm
     for folder in ("class_mix_debug", "debug"):
         work = tmp_path / folder
         (work / folder).mkdir(parents=True)
-        ours, optimizer = made(host, dacal={}, work_dir=str(work))
+        ours, optimizer = made(host, dacal={"learn": "fit"}, work_dir=str(work))
         ours.debug_img_interval = 2
         train(ours, optimizer, 3)
         assert sorted(path.name for path in (work / folder).iterdir()) == ["000001_temperature.png", "000003_temperature.png"]
@@ -575,8 +588,9 @@ def test_nothing_is_left_on_the_host_also_after_an_error(host, learn):
     assert ours.model.decode_head.loss_decode.cls_criterion.__name__ == "cross_entropy"
 
 
-def test_a_host_with_another_order_of_calls_is_refused(host):
-    ours, optimizer = made(host, dacal={})
+@pytest.mark.parametrize("learn", ["fit", "bilevel"])
+def test_a_host_with_another_order_of_calls_is_refused(host, learn):
+    ours, optimizer = made(host, dacal={"learn": learn})
     module = sys.modules["mmseg.models.uda.dacs"]
     ours.forward_train = lambda **b: type(ours).forward_train(ours, **b)
     kept = module.DACS.forward_train
@@ -594,21 +608,23 @@ def test_what_upstream_does_not_support_is_refused(host, monkeypatch):
     with pytest.raises(ValueError, match="CrossEntropyLoss with sigmoid or mask"):
         made(host, dacal={}, loss={"use_sigmoid": True})
     made(host, dacal={"labels": "hard", "every": 0}, loss={"use_sigmoid": True})
-    ours, optimizer = made(host, dacal={})
-    ours.model.decode_head.fp16_enabled = True
-    with pytest.raises(RuntimeError, match="expected float32 training, got fp16"):
-        train(ours, optimizer, 1)
-    ours.model.decode_head.fp16_enabled = False
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.distributed, "is_initialized", lambda: True)
-        patch.setattr(torch.distributed, "get_world_size", lambda: 4)
-        with pytest.raises(RuntimeError, match="expected one process, got 4 processes"):
+    for learn in ("bilevel", "fit"):
+        ours, optimizer = made(host, dacal={"learn": learn})
+        ours.model.decode_head.fp16_enabled = True
+        with pytest.raises(RuntimeError, match="expected float32 training, got fp16"):
             train(ours, optimizer, 1)
+        ours.model.decode_head.fp16_enabled = False
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.distributed, "is_initialized", lambda: True)
+            patch.setattr(torch.distributed, "get_world_size", lambda: 4)
+            with pytest.raises(RuntimeError, match="expected one process, got 4 processes"):
+                train(ours, optimizer, 1)
     bilevel, _ = made(host, dacal={"learn": "bilevel", "warmup_iters": 5})
     for kind in (torch.optim.LBFGS, torch.optim.Rprop):
         with pytest.raises((ValueError, TypeError), match="hypergradient"):
             train(bilevel, kind(bilevel.model.parameters()), 1)
     # The fit takes no virtual step, so that any optimizer will do.
+    assert ours._dacal.options.learn == "fit"
     train(ours, torch.optim.Rprop(ours.model.parameters()), 1)
 
 
@@ -646,7 +662,7 @@ def test_by_default_the_learners_own_judged_set_is_used_and_another_can_be_named
             losses[learn, judged_set] = log[{"fit": "dacal.fit_loss", "bilevel": "dacal.outer_loss"}[learn]]
     assert losses["fit", None] == losses["fit", "differing_blends"] != losses["fit", "source_pixels"]
     assert losses["bilevel", None] == losses["bilevel", "source_and_target_pixels"] != losses["bilevel", "differing_blends"]
-    ours, optimizer = made(host, dacal={"judged_set": "source_pixels"})
+    ours, optimizer = made(host, dacal={"learn": "fit", "judged_set": "source_pixels"})
     train(ours, optimizer, 1, images=1)
     ours, optimizer = made(host, dacal={"learn": "bilevel", "judged_set": "target_blends"})
     with pytest.raises(ValueError, match=r"at least 2 target images .* or uda\.dacal\.judged_set='source_and_target_pixels'"):
@@ -674,7 +690,7 @@ def test_the_virtual_step_clips_as_the_host_says(host):
         sgd = torch.optim.SGD(ours.model.parameters(), lr=0.5)
         losses[clip_norm] = train(ours, sgd, 1)[0]["dacal.outer_loss"]
     assert losses[None] == losses[1e6] != losses[1e-3]
-    fit, _ = made(host, dacal={"clip_norm": 5})  # of no matter
+    fit, _ = made(host, dacal={"learn": "fit", "clip_norm": 5})  # of no matter
     train(fit, optimizer, 1)
 
 
@@ -720,6 +736,20 @@ def test_on_padding_the_hosts_weights_decide_and_nothing_else(host, learn, monke
     assert torch.equal(*lessons)
 
 
+def test_by_default_it_is_the_papers_step_at_every_fourth_iteration_after_a_warm_up(host):
+    seed(0)
+    learner = host["DACalDACS"](dacal={})._dacal.learner
+    assert isinstance(learner, bilevel.BilevelCalibrationStep)
+    assert (learner.warmup, learner.every) == (3000, 4)
+    assert learner.meta_optimizer.param_groups[0]["lr"] == 3e-4
+    # Without the helper, which has temperatures learn at once.
+    ours = host["DACalDACS"](dacal={"warmup_iters": 2})
+    logs = train(ours, torch.optim.AdamW(ours.model.parameters(), lr=0.01), 8)
+    assert [i for i, log in enumerate(logs) if "dacal.outer_loss" in log] == [2, 6]
+    assert [log["dacal.skipped_warmup"] for log in logs] == [1, 1, 0, 0, 0, 0, 0, 0]
+    assert [log["dacal.skipped_every"] for log in logs] == [0, 0, 0, 1, 1, 1, 0, 1]
+
+
 def test_the_hosts_own_class_is_one_that_stands_in_the_code(host):
     module = sys.modules["dacal_addon.integrations.mmseg"]
     ours, _ = made(host, dacal={})
@@ -743,7 +773,7 @@ def fork_batch(number):
 
 def trained_fork(host, name, iterations=3, dacal=None, change=None, **cfg):
     seed(0)
-    options = {} if dacal is None else {"dacal": {"base": IN_FORKS + name, "warmup_iters": 0, **dacal}}
+    options = {} if dacal is None else {"dacal": {"base": IN_FORKS + name, **AT_ONCE, **dacal}}
     model = host[name if dacal is None else "DACalDACS"](**options, **cfg)
     if change is not None:
         change(model)
@@ -796,7 +826,7 @@ def test_a_forks_teacher_is_asked_about_blends_as_the_fork_asks_it(forks, monkey
         return asked(self, img, img_metas, upscale_pred, levels)
 
     monkeypatch.setattr(kind, "encode_decode", encode_decode)
-    trained_fork(forks, "gta2csDACS", dacal={}, iterations=2)
+    trained_fork(forks, "gta2csDACS", dacal={"learn": "fit"}, iterations=2)
     assert levels == [1, 1, 1, 1]
 
 
@@ -808,13 +838,14 @@ def test_blends_are_made_of_what_a_forks_teacher_sees(forks):
         model.teacher_labels = lambda img, metas: labels(0.5 * img, metas)
         network.backbone.register_forward_pre_hook(lambda module, inputs: asked.append(inputs[0]))
 
-    trained_fork(forks, "Fork", dacal={}, iterations=1, change=change)
+    trained_fork(forks, "Fork", dacal={"learn": "fit"}, iterations=1, change=change)
     seen, blends = asked
     assert torch.equal(seen, 0.5 * fork_batch(0)["target_img"])
     assert torch.allclose(blends, 0.65 * seen + 0.35 * seen.flip(0))
 
 
-def test_further_passes_of_a_fork_keep_its_labels(forks):
+@pytest.mark.parametrize("learn", ["fit", "bilevel"])
+def test_further_passes_of_a_fork_keep_its_labels(forks, learn):
     further = {"soft": [], "hard": []}
     for labels, losses in further.items():
 
@@ -828,7 +859,7 @@ def test_further_passes_of_a_fork_keep_its_labels(forks):
 
             model.mixed_losses = mixed_losses
 
-        _, logs = trained_fork(forks, "Fork", dacal={"labels": labels}, iterations=1, change=change)
+        _, logs = trained_fork(forks, "Fork", dacal={"labels": labels, "learn": learn}, iterations=1, change=change)
         assert logs[0]["mix.decode.loss_seg"] != losses[0]  # other dropout
     assert further["soft"] == further["hard"]
 
@@ -840,8 +871,9 @@ def test_the_meta_step_keeps_nothing_of_an_iteration(host):
         ours._dacal.learner.loss_on_mixed(ours.model, None, None, None)
 
 
-def test_iterations_without_learning_are_counted(host):
-    ours, optimizer = made(host, dacal={"every": 0})
+@pytest.mark.parametrize("learn", ["fit", "bilevel"])
+def test_iterations_without_learning_are_counted(host, learn):
+    ours, optimizer = made(host, dacal={"learn": learn, "every": 0})
     train(ours, optimizer, 2)
     assert ours._dacal.learner.iteration == int(ours.state_dict()["dacal.iteration"]) == 2
 
@@ -873,10 +905,12 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
-def test_the_teachers_logits_are_found(forks, answer, caplog):
-    _, expected = trained_fork(forks, "Fork", dacal={})
+@pytest.mark.parametrize("learn", ["fit", "bilevel"])
+def test_the_teachers_logits_are_found(forks, answer, caplog, learn):
+    options = {"dacal": {"learn": learn}, "iterations": {"fit": 3, "bilevel": 1}[learn]}
+    _, expected = trained_fork(forks, "Fork", **options)
     with caplog.at_level("INFO", logger="mmseg"):
-        _, logs = trained_fork(forks, "Fork", dacal={}, change=answering(ANSWERS[answer]))
+        _, logs = trained_fork(forks, "Fork", change=answering(ANSWERS[answer]), **options)
     assert logs == expected
     said = [record.getMessage() for record in caplog.records if "entry" in record.getMessage()]
     begins = {
@@ -910,21 +944,23 @@ def test_where_several_entries_could_be_logits_one_must_be_named(forks):
         r"uda\.dacal: expected the teacher's encode_decode to return logits \(N, 4, h, w\), alone or as one entry, "
         r"got dict of 'main': float32 .*; say which entry is meant, for example uda\.dacal\.logits_of='main'"
     )
+    own = {"learn": "fit"}
     with pytest.raises(TypeError, match=message):
-        trained_fork(forks, "Fork", dacal={}, change=answering(two), iterations=1)
-    _, expected = trained_fork(forks, "Fork", dacal={})
-    _, logs = trained_fork(forks, "Fork", dacal={"logits_of": "main"}, change=answering(two))
+        trained_fork(forks, "Fork", dacal=own, change=answering(two), iterations=1)
+    _, expected = trained_fork(forks, "Fork", dacal=own)
+    _, logs = trained_fork(forks, "Fork", dacal={**own, "logits_of": "main"}, change=answering(two))
     assert logs == expected
     with pytest.raises(TypeError, match="got no entry 'out' in the dict of 'main'"):
-        trained_fork(forks, "Fork", dacal={"logits_of": "out"}, change=answering(two), iterations=1)
+        trained_fork(forks, "Fork", dacal={**own, "logits_of": "out"}, change=answering(two), iterations=1)
     with pytest.raises(TypeError, match=r"got float32 \(2, 6, 8, 8\) as entry 1 of the tuple"):
-        trained_fork(forks, "Fork", dacal={"logits_of": 1}, change=answering(ANSWERS["tuple"]), iterations=1)
+        trained_fork(forks, "Fork", dacal={**own, "logits_of": 1}, change=answering(ANSWERS["tuple"]), iterations=1)
 
 
-def test_what_is_not_understood_fails_at_the_first_iteration_with_what_was_found(forks, monkeypatch):
+@pytest.mark.parametrize("learn", ["fit", "bilevel"])
+def test_what_is_not_understood_fails_at_the_first_iteration_with_what_was_found(forks, monkeypatch, learn):
     def refused(message, error=TypeError, name="Fork", dacal=None, **options):
         with pytest.raises(error, match=message):
-            trained_fork(forks, name, dacal={"warmup_iters": 5, **(dacal or {})}, iterations=1, **options)
+            trained_fork(forks, name, dacal={"learn": learn, "warmup_iters": 5, **(dacal or {})}, iterations=1, **options)
 
     def with_features_alone(z):
         return {"features": torch.zeros(2, 64, 4, 4), "aux": None}
@@ -999,7 +1035,7 @@ def test_a_threshold_of_none_gives_every_label_a_weight(forks, monkeypatch):
     teacher = sys.modules["mmseg.models.uda.teacher"].Teacher
     made_teacher = teacher.__init__
     monkeypatch.setattr(teacher, "__init__", lambda self, model: made_teacher(self, model, threshold=None))
-    model, logs = trained_fork(forks, "SiamSeg", dacal={}, change=change)
+    model, logs = trained_fork(forks, "SiamSeg", dacal={"learn": "fit"}, change=change)
     assert model._dacal.labeler.weight == "none"
     assert "dacal.fit_loss" in logs[0]
 
@@ -1047,3 +1083,141 @@ except ValueError as error:
         "uda.dacal: expected base: the host's class, since mmseg.models.uda.dacs has no DACS, got none; "
         "name it, for example base='mmseg.models.uda.dacs_infer.gta2csDACS'",
     ]
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples/mmseg"
+TAUGHT = {
+    "the host's": ({"type": "DACS"}, "hard"),
+    "another": (None, "hard"),
+    "ours, hard": ({"type": "DACalDACS", "dacal": {"labels": "hard"}}, "hard"),
+    "ours": ({"type": "DACalDACS", "dacal": {"learn": "fit"}}, "soft"),
+    "ours, soft": ({"type": "DACalDACS", "dacal": {"labels": "soft"}}, "soft"),
+    "ours, without options": ({"type": "DACalDACS"}, "soft"),
+}
+
+
+class Shown:
+    """What `examples/mmseg/calibrate.py` reads images with, without a data set of the hosts."""
+
+    def __init__(self, first, images, student=None):
+        self.dataset = SimpleNamespace(ignore_index=255, img_dir="nowhere")
+        self.image = [batch(first + i, images=1)["img"] for i in range(images)]
+        self.student = student
+
+    def __len__(self):
+        return len(self.image)
+
+    def __iter__(self):
+        """Labels are drawn from the student's softmax(z / 2)."""
+        g = torch.Generator().manual_seed(0)
+        for x in self.image:
+            if self.student is None:
+                yield (x,)
+            else:
+                with torch.no_grad():
+                    p = (self.student.encode_decode(x, None) / 2).softmax(1)
+                yield x, torch.multinomial(p[0].flatten(1).t(), 1, generator=g).view(1, *x.shape[2:])
+
+    def names(self):
+        return [f"{i}.png" for i in range(len(self))]
+
+
+class Tool:
+    """`examples/mmseg/calibrate.py`, and a trained student of the stand-in."""
+
+    def __init__(self, module, folder):
+        self.module, self.folder, self.options, self.said = module, folder, {}, {"shadows": 1.7, "blends": 0.8}
+        seed(0)
+        self.student = sys.modules["mmseg.models.segmentors"].EncoderDecoder(4).eval()
+        self.student.decode_head.conv_seg.weight.data *= 20
+        self.student.test_cfg = SimpleNamespace(mode="whole")
+        self.student.whole_inference = lambda img, metas, rescale: self.student.encode_decode(img, metas)
+        own = self.student.state_dict()
+        self.state = {f"{part}.{name}": value.clone() for part in ("model", "ema_model") for name, value in own.items()}
+        torch.save({"state_dict": self.state, "meta": {"iter": 3}}, str(folder / "before.pth"))
+
+    def run(self, uda, *arguments):
+        self.uda = uda
+        where = ["config.json", str(self.folder / "before.pth"), "--out", str(self.folder / "after.pth")]
+        self.module.main([*where, *arguments])
+        return torch.load(str(self.folder / "after.pth"))
+
+
+@pytest.fixture
+def tool(host, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    before = set(sys.modules)
+    module = importlib.import_module("calibrate")
+    tool = Tool(module, tmp_path)
+
+    def sets_of(config, options):
+        few = Shown(60, options.labelled, tool.student) if options.labelled else None
+        return module.Sets(Shown(20, 4, tool.student), Shown(40, 4), few)
+
+    monkeypatch.setattr(module, "prepare", lambda: torch.device("cpu"))
+    monkeypatch.setattr(module, "read_config", lambda path: {} if tool.uda is None else {"uda": tool.uda})
+    monkeypatch.setattr(module, "build_student", lambda config, state: (tool.student, "model."))
+    monkeypatch.setattr(module, "sets_of", sets_of)
+    estimators = {name: lambda material, name=name: Estimate(name, tool.said[name]) for name in tool.said}
+    monkeypatch.setattr(sys.modules["dacal_addon.calibrate.estimate"], "ESTIMATORS", estimators)
+    yield tool
+    for name in {"calibrate", "loading"} - before:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_of_a_trained_checkpoint_the_tool_takes_what_is_typical_of_hard_labels_and_1_of_soft_ones(tool, name, capsys):
+    uda, labels = TAUGHT[name]
+    t = {"hard": TYPICAL, "soft": 1.0}[labels]
+    assert tool.module.typical_for({} if uda is None else {"uda": uda}) == t
+    saved = tool.run(uda)
+    changed = {key for key, value in tool.state.items() if not torch.equal(saved["state_dict"][key], value)}
+    layer = "model.decode_head.conv_seg"
+    note, output = saved["meta"]["dacal"], capsys.readouterr().out
+    assert saved["meta"]["iter"] == 3
+    assert note["temperature"] == t
+    assert {each: numbers["temperature"] for each, numbers in note["estimates"].items()} == {"typical": t, **tool.said}
+    for each in ("typical", "shadows", "blends"):
+        assert re.search(rf"^{each} +\d\.\d", output, re.MULTILINE)
+    assert "the network has been trained on these source images" in output
+    if labels == "hard":
+        assert (note["taken"], note["abstained"]) == ("typical", False)
+        assert changed == {f"{layer}.weight", f"{layer}.bias"}
+        assert all(torch.equal(saved["state_dict"][key], tool.state[key] / TYPICAL) for key in changed)
+        reason = "what students of hard labels typically need; shadows (1.70) and blends (0.80) beside it"
+        assert f"taken: T = {TYPICAL:g} (typical); {reason}\n" in output
+        assert f"after.pth: T = {TYPICAL:g} in {layer}\n" in output
+    else:
+        assert (note["taken"], note["abstained"]) == ("none", True)
+        assert not changed
+        assert "taken: T = 1 (none); T = 1: nothing is known of networks of this kind\n" in output
+        assert "after.pth: T = 1, all weights are as they were\n" in output
+
+
+def test_the_tool_abstains_where_shadows_and_blends_deny_overconfidence(tool, capsys):
+    tool.said.update(shadows=0.7)
+    saved = tool.run({"type": "DACS"})
+    assert all(torch.equal(saved["state_dict"][key], value) for key, value in tool.state.items())
+    reason = "abstains, T = 1: by shadows (0.70) and blends (0.80) the network is not overconfident"
+    assert saved["meta"]["dacal"]["reason"] == reason
+    assert f"taken: T = 1 (none); {reason}\n" in capsys.readouterr().out
+
+
+def test_the_hosts_page_says_what_is_typical():
+    page = (EXAMPLES / "README.md").read_text()
+    assert f"the temperature that students of hard labels typically need, {TYPICAL:g}, unless" in page
+
+
+@pytest.mark.parametrize("name", ["the host's", "ours, hard", "ours"])
+def test_with_labels_the_tool_weighs_them_and_what_it_would_take_without(tool, name, capsys):
+    uda, labels = TAUGHT[name]
+    note = tool.run(uda, "--labelled", "3")["meta"]["dacal"]
+    found = note["estimates"]["labelled"]
+    prior, spread = {"hard": (TYPICAL, TYPICAL_SPREAD), "soft": (1.0, UNKNOWN_SPREAD)}[labels]
+    share = spread**2 / (spread**2 + found["spread"] ** 2)
+    assert 1.7 < found["temperature"] < 2.3
+    assert note["temperature"] == pytest.approx(found["temperature"] ** share * prior ** (1 - share))
+    assert (note["taken"], note["labelled_target"]) == ("labelled and prior", ["0.png", "1.png", "2.png"])
+    output = capsys.readouterr().out
+    assert "labels of 3 images, which no test should count: 0.png, 1.png, 2.png\n" in output
+    assert f"by precision the labels count {share:.0%}\n" in output

@@ -258,7 +258,9 @@ def test_mistakes_are_named():
         dacal = DACal(scene["student"], scene["teacher"], num_classes=CLASSES + 1, learner=learner)
         with pytest.raises(ValueError, match=rf"{name}: expected logits: a floating tensor .* with C = 6"):
             dacal(*scene["loader"][0])
-    with pytest.raises(ValueError, match="expected a learner, whose option every is, got learner=None; name one, learner='fit'"):
+    with pytest.raises(
+        ValueError, match="expected a learner, whose option every is, got learner=None; name one, learner='fit'"
+    ):
         DACal(scene["student"], scene["teacher"], num_classes=CLASSES, every=2)
     with pytest.raises(TypeError, match="got dict of 'aux': "):
         DACal(Dictionary(), Dictionary(), None, num_classes=CLASSES)(*scene["loader"][0])

@@ -21,6 +21,8 @@ import numpy as np
 import pytest
 import torch
 
+from dacal_addon.calibrate.estimators import TYPICAL
+
 ROOT = Path(__file__).parent.parent
 HOSTS = {"daformer": "DACAL_DAFORMER", "hrda": "DACAL_HRDA", "mic": "DACAL_MIC"}
 PYTHON = os.environ.get("DACAL_HOST_PYTHON", "")
@@ -108,7 +110,7 @@ def test_with_hard_labels_every_number_is_upstreams(host, data, upstream, tmp_pa
 
 @pytest.mark.parametrize(("config", "learn"), [("gta2cs", "fit"), ("synthia2cs", "bilevel"), ("cs2acdc", "fit")])
 def test_it_trains(host, data, upstream, tmp_path, config, learn):
-    rows, state = run(host, data, tmp_path, f"uda.dacal.learn={learn}", config=config, iters=5)
+    rows, state = run(host, data, tmp_path, f"uda.dacal.learn={learn}", "uda.dacal.every=1", config=config, iters=5)
     assert len(rows) == 5
     for row in rows:
         values = {name: value for name, value in row.items() if "loss_seg" in name or name.startswith("dacal.")}
@@ -126,6 +128,20 @@ def test_it_trains(host, data, upstream, tmp_path, config, learn):
         assert rows[0]["decode.loss_seg"] == upstream[0][0]["decode.loss_seg"]
 
 
+def test_as_the_config_has_it_the_papers_step_is_taken_at_every_fourth_iteration(host, data, tmp_path):
+    rows, state = run(host, data, tmp_path, iters=7)
+    assert [row["dacal.skipped_warmup"] for row in rows] == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert [row["dacal.skipped_every"] for row in rows] == [0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0]
+    # Between meta-steps mmcv's log repeats the last one's.
+    judged = [row.get("dacal.outer_loss") for row in rows]
+    assert judged[:2] == [None, None]
+    assert math.isfinite(judged[2])
+    assert judged[2] == judged[3] == judged[4] == judged[5] != judged[6]
+    assert "dacal.fit_loss" not in rows[-1]
+    assert int(state["dacal.meta_optimizer.0.step"]) == 2
+    assert int(state["dacal.iteration"]) == 7
+
+
 def test_the_engines_agree(host, data, tmp_path):
     found = {}
     for engine in ("higher", "finite_difference"):
@@ -134,8 +150,10 @@ def test_the_engines_agree(host, data, tmp_path):
     assert found["higher"] == pytest.approx(found["finite_difference"], rel=1e-3)
 
 
-def test_a_killed_run_is_resumed_where_it_was(host, data, tmp_path):
-    changes = ("checkpoint_config.interval=3", "uda.dacal.meta_lr=0.01", "uda.dacal.restore_teacher=True")
+@pytest.mark.parametrize("learn", ["fit", "bilevel"])
+def test_a_killed_run_is_resumed_where_it_was(host, data, tmp_path, learn):
+    own = (f"uda.dacal.learn={learn}", "uda.dacal.every=1", "uda.dacal.meta_lr=0.01")
+    changes = ("checkpoint_config.interval=3", *own, "uda.dacal.restore_teacher=True")
     process = start(host, data, tmp_path, *changes, iters=2000)
     saved = tmp_path / "iter_3.pth"
     deadline = time.time() + 300
@@ -160,7 +178,7 @@ def test_a_killed_run_is_resumed_where_it_was(host, data, tmp_path):
     student = state[teacher.replace("ema_model.", "model.", 1)]
     expected = decay * state[teacher] + (1 - decay) * student
     torch.testing.assert_close(after[teacher], expected)
-    _, upstreams = run(host, data, again, "uda.dacal.meta_lr=0.01", iters=4, resume=saved)
+    _, upstreams = run(host, data, again, *own, iters=4, resume=saved)
     torch.testing.assert_close(upstreams[teacher], student)  # upstream's teacher begins anew, as the student
     assert int(upstreams["dacal.iteration"]) == 4
 
@@ -235,6 +253,7 @@ def test_a_trained_checkpoint_is_calibrated(host, data, tmp_path):
     t = note["temperature"]
     assert 0 < t != 1
     assert note["taken"] == "labelled and prior"
+    assert note["estimates"]["typical"]["temperature"] == TYPICAL  # its labels were hard
     assert note["source_held_out"]
     assert len(note["labelled_target"]) == 2
     assert {"shadows", "blends", "labelled"} <= {line.split(" ")[0] for line in done.stdout.splitlines()}
@@ -267,8 +286,25 @@ def test_a_trained_checkpoint_is_calibrated(host, data, tmp_path):
     # The probabilities are float16, in which more of them are equal.
     assert (new["accuracy"], new["miou"]) == (pytest.approx(old["accuracy"], abs=1e-3), pytest.approx(old["miou"], abs=1e-3))
     assert new["nll"] < old["nll"]  # T lies between 1 and what the labels of both images say
+    # Without labels of the target: what is typical, or 1.
+    done = calibrate(host, config, before, tmp_path / "typical.pth", "--images", "4")
+    assert done.returncode == 0, done.stdout[-3000:]
+    note = torch.load(tmp_path / "typical.pth", map_location="cpu", weights_only=False)["meta"]["dacal"]
+    assert (note["taken"], note["temperature"]) == (("none", 1) if note["abstained"] else ("typical", TYPICAL))
+    assert "has been trained on these source images" in done.stdout
     # From the new one there is no way on but to the old one.
     again = calibrate(host, config, after, tmp_path / "again.pth", "--temperature", "2")
     assert again.returncode
     assert "expected weights into which nothing is folded" in again.stdout
     assert not (tmp_path / "again.pth").exists()
+
+
+def test_of_students_of_soft_labels_no_temperature_is_typical(host, data, tmp_path):
+    work, after = tmp_path / "run", tmp_path / "calibrated.pth"
+    run(host, data, work, iters=4)
+    done = calibrate(host, work / "tiny.py", work / "latest.pth", after, "--images", "4")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "taken: T = 1 (none); T = 1: nothing is known of networks of this kind" in done.stdout
+    note = torch.load(after, map_location="cpu", weights_only=False)["meta"]["dacal"]
+    assert note["estimates"]["typical"]["temperature"] == note["temperature"] == 1
+    assert same(checkpoint(work / "latest.pth"), checkpoint(after))

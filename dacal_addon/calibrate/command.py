@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .._check import describe, problem
 from .classifiers import classifiers
 from .estimate import estimate_temperature
+from .estimators import TYPICAL
 from .fold import fold_checkpoint, fold_temperature
 from .pictures import unlabelled
 from .report import as_numbers, as_text
@@ -53,6 +54,8 @@ class Setup(NamedTuple):
     logits_of: Optional[Callable[[Any], Tensor]] = None
     layer: Optional[str] = None
     """The name of the last layer, where it is not found."""
+    typical: float = TYPICAL
+    """See `estimate_temperature`."""
     ignore_index: int = 255
     value_range: Any = None
 
@@ -122,6 +125,7 @@ def _calibrate(options: CalibrateOptions, setup: Setup) -> None:
             labelled_target=None if setup.labelled_target is None else setup.labelled_target(),
             logits_of=setup.logits_of,
             layer=setup.layer,
+            typical=setup.typical,
             generator=torch.Generator().manual_seed(options.seed),
             max_images=options.max_images,
             batch_size=options.batch_size,
@@ -196,9 +200,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         got, remedy = f"{path}, of which it says {type(error).__name__}", "check that it is a checkpoint, and whole"
         if isinstance(error, pickle.UnpicklingError) and "eights only" in str(error):  # torch >= 2.6
             got = f"{path}, with Python objects among them"
-            remedy = (
-                "if you trust it, allow them in SETUP with torch.serialization.add_safe_globals; or save the state dict alone"
-            )
+            remedy = "save the state dict alone; or, if you trust it, torch.serialization.add_safe_globals([...]) in SETUP"
         raise problem("calibrate", expected="tensors and plain values that torch.load reads", got=got, remedy=remedy) from error
     if not isinstance(checkpoint, Mapping):
         remedy = "save network.state_dict()"

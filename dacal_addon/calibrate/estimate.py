@@ -109,7 +109,9 @@ def estimate_temperature(
     Source: shadows, the typical temperature and the rules are ours; the other estimators' papers are named with them.
     """
     check_whole("estimate_temperature", "max_images", max_images, low=1)
-    check_number("estimate_temperature", "typical", typical, low=BOUNDS[0], high=BOUNDS[1], rule=f"in {BOUNDS[0]:g}..{BOUNDS[1]:g}")
+    check_number(
+        "estimate_temperature", "typical", typical, low=BOUNDS[0], high=BOUNDS[1], rule=f"in {BOUNDS[0]:g}..{BOUNDS[1]:g}"
+    )
     draw = torch.Generator().manual_seed(0) if generator is None else generator
     few: Any = None
     if labelled_target is not None:

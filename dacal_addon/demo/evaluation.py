@@ -1,26 +1,17 @@
 """What a trained network gives on many images, and the figures of that."""
 
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..metrics import CalibrationStats
 from ..preserve import in_evaluation_mode
-from .methods import Teaching
-from .network import SmallUNet
 
 
 def predict(network: nn.Module, image: Tensor, *, device: torch.device) -> Tensor:
     """Logits (N, C, H, W) of many images, on the CPU, in evaluation mode; the modes are put back."""
     return evaluated(network, network, image, device=device)
-
-
-def temperature_of(teaching: Teaching, network: SmallUNet, image: Tensor, *, device: torch.device) -> Optional[Tensor]:
-    """The temperatures (N, 1, H, W) that a network's logits would get, were it the teacher; None where there are none."""
-    if type(teaching).temperature is Teaching.temperature:
-        return None
-    return evaluated(network, lambda part: teaching.temperature(network, part), image, device=device)
 
 
 def evaluated(network: nn.Module, function: Callable[[Tensor], Any], image: Tensor, *, device: torch.device) -> Tensor:

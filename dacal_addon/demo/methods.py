@@ -1,16 +1,16 @@
-"""What the student is taught: the source alone, or hard, soft, bilevel or fitted labels on the target besides.
+"""What the student is taught: the source alone, or on the target hard labels or soft ones with learned temperatures besides.
 
-DACS (Tranheden et al., WACV 2021) with DAFormer's pixel weights. `benchmarks/uda.py` trains its other methods in the same loop,
-as further `Teaching`s.
+DACS (Tranheden et al., WACV 2021) with DAFormer's pixel weights. `benchmarks/cells.py` trains its other methods in the same
+loop, as further `Teaching`s.
 """
 
-from typing import Dict, Optional, Type
+from typing import Dict, Type
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, TemperatureFit, soft_cross_entropy
+from .. import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, soft_cross_entropy
 from ..mixing import mix
 from ..pseudo_labels import one_hot
 from .batches import Batch
@@ -44,10 +44,6 @@ class Teaching:
     def loss_on_mixed(self, logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
         return soft_cross_entropy(logits, label, weight)
 
-    def temperature(self, teacher: SmallUNet, image: Tensor) -> Optional[Tensor]:
-        """(N, 1, H, W): what the method would divide the teacher's logits by; None where it has no such thing."""
-        return None
-
 
 class HardLabels(Teaching):
     """The teacher's argmax on the target's pixels of the mixed image."""
@@ -62,20 +58,6 @@ class HardLabels(Teaching):
             labels = SoftPseudoLabeler(None, threshold=self.recipe.threshold, weight=self.weight)(teacher(batch.target_image))
             label = one_hot(labels.pseudo_label, labels.soft_label.shape[1])
         self.mixed_loss(batch, label, labels.weight).backward()
-        return ""
-
-
-class SoftLabels(Teaching):
-    """The teacher's softmax, T = 1."""
-
-    title = "soft pseudo-labels, T = 1"
-    sees_target = True
-    weight = "ratio"
-
-    def teach(self, teacher: SmallUNet, batch: Batch) -> str:
-        with torch.no_grad():
-            labels = SoftPseudoLabeler(None, threshold=self.recipe.threshold, weight=self.weight)(teacher(batch.target_image))
-        self.mixed_loss(batch, labels.soft_label, labels.weight).backward()
         return ""
 
 
@@ -118,48 +100,9 @@ class BilevelTemperatures(Teaching):
         )
         return f"T {result.temperature_min:.2f}..{result.temperature_max:.2f}" if not result.skipped else ""
 
-    def temperature(self, teacher: SmallUNet, image: Tensor) -> Tensor:
-        features = teacher.features(image)
-        temperature: Tensor = self.temperature_net(teacher.logits(features), features)
-        return temperature
-
-
-class FittedTemperatures(Teaching):
-    """Soft labels whose temperatures are fitted on blends of target images: the package's default."""
-
-    title = "fitted temperatures"
-    sees_target = True
-
-    def __init__(self, student: SmallUNet, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
-        super().__init__(student, optimizer, recipe)
-        net = MetaTemperatureNet(student.head.out_channels)
-        self.temperature_net = net.to(next(student.parameters()).device)
-        self.label = SoftPseudoLabeler(net, threshold=recipe.threshold)
-        adam = torch.optim.Adam(net.parameters(), lr=TemperatureFit.defaults.learning_rate)
-        self.fit = TemperatureFit(self.label, meta_optimizer=adam)
-
-    def teach(self, teacher: SmallUNet, batch: Batch) -> str:
-        with torch.no_grad():
-            logits = teacher(batch.target_image)
-        self.fit_temperatures(teacher, batch, logits)
-        with torch.no_grad():
-            labels = self.label(logits)
-        self.mixed_loss(batch, labels.soft_label, labels.weight).backward()
-        return f"T {float(labels.temperature.min()):.2f}..{float(labels.temperature.max()):.2f}"
-
-    def fit_temperatures(self, teacher: SmallUNet, batch: Batch, logits: Tensor) -> None:
-        images = (batch.source_image, batch.source_label, batch.target_image)
-        self.fit(*images, logits, teacher=teacher, mask=batch.mask, generator=batch.generator)
-
-    def temperature(self, teacher: SmallUNet, image: Tensor) -> Tensor:
-        temperature: Tensor = self.temperature_net(teacher(image))
-        return temperature
-
 
 METHODS: Dict[str, Type[Teaching]] = {
     "source-only": Teaching,
     "hard": HardLabels,
-    "soft": SoftLabels,
-    "dacal-bilevel": BilevelTemperatures,
-    "dacal": FittedTemperatures,
+    "dacal": BilevelTemperatures,
 }

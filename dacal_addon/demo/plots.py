@@ -25,7 +25,10 @@ def confidence_figure(dataset: Dataset, image: Tensor, label: Tensor, before: Te
     wrong = prediction != label
     confidences = [logits.softmax(1).max(1)[0] for logits in (before, after)]
     titles = ["target image", "ground truth", "prediction", "where it is wrong"]
-    titles += [f"confidence {when}:\n{100 * float(c[wrong].mean()):.0f} % where wrong" for when, c in zip(("before", "after"), confidences)]
+    titles += [
+        f"confidence {when}:\n{100 * float(c[wrong].mean()):.0f} % where wrong"
+        for when, c in zip(("before", "after"), confidences)
+    ]
     columns: List[Tuple[Any, Any]] = [(image.permute(0, 2, 3, 1).numpy(), {})]
     columns += [(dataset.palette[part.numpy()], {}) for part in (label, prediction)]
     columns += [(wrong.numpy(), {"cmap": ListedColormap(["white", ORANGE]), "vmin": 0, "vmax": 1})]

@@ -20,7 +20,6 @@ from .plots import confidence_figure, pick_images
 from .recipes import RECIPES, Recipe
 from .training import Trained, train, train_start
 
-
 FOLDED = "hard+fold"
 """Not trained: the student of hard labels, with one temperature folded in."""
 TITLES = {**{name: teaching.title for name, teaching in METHODS.items()}, FOLDED: "hard, one folded temperature"}
@@ -81,7 +80,9 @@ def _scored(trained: Trained, dataset: Dataset, *, device: torch.device) -> _Fin
     return _Finished(logits, there, here, trained.seconds)
 
 
-def _folded(hard: _Finished, trained: Trained, dataset: Dataset, held_out: Split, *, seed: int, device: torch.device) -> _Finished:
+def _folded(
+    hard: _Finished, trained: Trained, dataset: Dataset, held_out: Split, *, seed: int, device: torch.device
+) -> _Finished:
     """What the student of hard labels is with one temperature, found without target labels."""
     begun = time.perf_counter()
     source: Tuple[Tensor, Tensor] = (held_out.image, held_out.label)
@@ -97,8 +98,9 @@ def _folded(hard: _Finished, trained: Trained, dataset: Dataset, held_out: Split
 def _gained(finished: Dict[str, _Finished]) -> str:
     before, after = finished["hard"].scores, finished[FOLDED]
     return (
-        f"One temperature, {after.temperature:.2f}, found without target labels and folded into the last layer, takes the "
-        f"calibration error of hard labels from {100 * before.ece:.2f} to {100 * after.scores.ece:.2f} % and changes no prediction."
+        f"One temperature, {after.temperature:.2f}, found without target labels and folded into the last layer, takes "
+        f"the calibration error of hard labels from {100 * before.ece:.2f} to {100 * after.scores.ece:.2f} %; no "
+        "prediction changes."
     )
 
 

@@ -15,20 +15,21 @@ class HostOptions(NamedTuple):
 
     labels: str = "soft"
     """What the student is taught on target pixels: "soft", softmax(z / T), or "hard", the host's own pseudo-labels."""
-    learn: str = "fit"
-    """How the temperatures learn, a name in `LEARNERS`: "fit", directly, on blends of target images (`TemperatureFit`), by a
-    net that sees a pixel's confidence alone; or "bilevel", the paper's meta-step, by a net that sees all log-probabilities of
-    its neighbourhood."""
-    every: int = 1
-    """Learn the temperatures at every k-th iteration after the warm-up; 0: never, T stays as it is."""
+    learn: str = "bilevel"
+    """How the temperatures learn, a name in `LEARNERS`: "bilevel", the paper's meta-step, by a net that sees all
+    log-probabilities of its neighbourhood; or "fit", directly, on blends of target images (`TemperatureFit`), by a net that
+    sees a pixel's confidence alone."""
+    every: int = 4
+    """Learn the temperatures at every k-th iteration after the warm-up; 0: never, T stays as it is. A meta-step takes longer
+    than an iteration of the host, so that 1 more than doubles the time. The fit is cheap enough for 1."""
     warmup_iters: Optional[int] = None
-    """Iterations before the temperatures first learn. None: 0 with learn="fit"; 3000 with "bilevel", twice the hosts'
-    learning-rate warm-up, since an untrained student would only ask for sharper labels (see `BilevelCalibrationStep`)."""
+    """Iterations before the temperatures first learn. None: 3000 with learn="bilevel", twice the hosts' learning-rate warm-up,
+    since an untrained student would only ask for sharper labels (see `BilevelCalibrationStep`); 0 with "fit"."""
     meta_lr: Optional[float] = None
-    """Learning rate of Adam for the temperature net. None: the learner's own, 2e-3 with learn="fit", 3e-4 with "bilevel"."""
+    """Learning rate of Adam for the temperature net. None: the learner's own, 3e-4 with learn="bilevel", 2e-3 with "fit"."""
     judged_set: Optional[str] = None
-    """On which images temperatures are judged, a name in `JUDGED_SETS`. None: the learner's own, with "fit" blends of target
-    images, with "bilevel" the complementary mix."""
+    """On which images temperatures are judged, a name in `JUDGED_SETS`. None: the learner's own, with "bilevel" the
+    complementary mix, with "fit" blends of target images."""
     outer_loss: str = "host"
     """How they are judged: "host", with "bilevel" the losses of the host's heads, with "fit" plain cross-entropy; or a name in
     `OUTER_LOSSES`, with "bilevel" at each of the heads."""
@@ -80,7 +81,7 @@ def parse(config: Mapping[str, Any]) -> HostOptions:
         ValueError: an unknown key, a value out of range.
 
     Example:
-        >>> parse(dict(every=4)).labels, parse(dict(labels="hard", every=0)).off
+        >>> parse(dict(every=1)).labels, parse(dict(labels="hard", every=0)).off
         ('soft', True)
         >>> parse(dict(evry=4))  # doctest: +ELLIPSIS
         Traceback (most recent call last):

@@ -372,7 +372,9 @@ class Learner(ABC):
         iteration.ranks.broadcast([*self.temperature_net.parameters(), *self.temperature_net.buffers()])
         with torch.no_grad(), preserved(self.temperature_net):
             iteration.label()
-        self.judged_set(iteration.batch, generator=torch.Generator().manual_seed(0))
+        judged = self.judged_set(iteration.batch, generator=torch.Generator().manual_seed(0))
+        classes = iteration.teacher_logits.shape[1]
+        check_classes(self._name, "label of the judged set", judged.label, classes, self.ignore_index)
         self._called = True
 
     def _useless(self, iteration: Iteration) -> Optional[Skip]:

@@ -45,7 +45,8 @@ class TemperatureFit(Learner):
 
     Args: those of `Learner`. The temperature net should see what means the same on blended and on clean images, as confidence
         does: with the logits or features as inputs too it learned less that was true of clean ones (`benchmarks/README.md`).
-        The call needs `teacher`, the network itself.
+        The call needs `teacher`, the network itself; where a judged set is to be asked in evaluation mode (`ShadowSet`), the
+        module, for a function is asked as it is.
 
     Example:
         >>> from dacal_addon import MetaTemperatureNet, SoftPseudoLabeler
@@ -70,7 +71,7 @@ class TemperatureFit(Learner):
         assert teacher is not None  # for mypy: `judges_teacher` has asked for it
         judged = self.judged_set(batch, generator=iteration.generator)
         if not ranks.anywhere(bool((judged.label != self.ignore_index).any()), like=judged.weight):
-            return Skip(SkipKind.UNJUDGED, "no pixel is judged: the pseudo-labels of blended images are all the same")
+            return Skip(SkipKind.UNJUDGED, "no pixel of the judged set has a label (of blends: both pseudo-labels are the same)")
         with in_evaluation_mode(teacher) if judged.evaluation else nullcontext():
             output = ask(teacher, judged.image)
         height, width = judged.label.shape[-2:]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dacal_addon._check import problem
 from dacal_addon.calibrate import TemperatureEstimate, classifiers, estimate_temperature, fold_checkpoint, fold_temperature
+from dacal_addon.calibrate.estimators import TYPICAL
 from dacal_addon.calibrate.report import as_numbers, as_text
 
 KEPT = ("LoadImageFromFile", "LoadAnnotations", "Resize", "Normalize")
@@ -176,7 +177,20 @@ def sets_of(config: Any, options: argparse.Namespace) -> Sets:
     )
 
 
-def estimate(network: Inference, sets: Sets, *, device: torch.device, seed: int) -> TemperatureEstimate:
+def typical_for(config: Any) -> float:
+    """What students of this config need: the typical temperature is that of hard labels.
+
+    >>> typical_for({"uda": {"type": "DACS"}}) == TYPICAL, typical_for({"uda": {"type": "DACalDACS", "dacal": {}}})
+    (True, 1.0)
+    """
+    uda = config.get("uda") or {}
+    taught_soft = uda.get("type") == "DACalDACS" and (uda.get("dacal") or {}).get("labels", "soft") == "soft"
+    return 1.0 if taught_soft else TYPICAL
+
+
+def estimate(
+    network: Inference, sets: Sets, *, device: torch.device, seed: int, typical: float = TYPICAL
+) -> TemperatureEstimate:
     """The library's estimate, one image at a time."""
     # The last layer is given one window after another, so that the logits of the whole image have to do for features.
     features_of = (lambda logits: logits - logits.mean(1, keepdim=True)) if network.in_windows else None
@@ -186,6 +200,7 @@ def estimate(network: Inference, sets: Sets, *, device: torch.device, seed: int)
         target=sets.target,
         labelled_target=sets.labelled,
         features_of=features_of,
+        typical=typical,
         generator=torch.Generator().manual_seed(seed),
         max_images=max(len(sets.source), len(sets.target)),
         batch_size=1,
@@ -261,7 +276,7 @@ def main(arguments: List[str]) -> None:
         if sets.labelled is not None:
             print(f"calibrate: labels of {len(sets.labelled)} images, which no test should count: ", end="")
             print(", ".join(sets.labelled.names()))
-        found = estimate(network, sets, device=device, seed=options.seed)
+        found = estimate(network, sets, device=device, seed=options.seed, typical=typical_for(config))
         print(as_text(found))
         t, done = found.temperature, record(found, sets, held_out=held_out)
     else:
