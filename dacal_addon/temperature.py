@@ -114,7 +114,7 @@ class MetaTemperatureNet(nn.Module):
         sees: "confidence", the margin and the entropy of `temperature_features`, or "logits", the class log-probabilities
             too. Which classes compete tells more, but only confidence means the same on a clean image and on one mixed of
             two, where temperatures are fitted: with "logits" both mIoU and calibration error were worse
-            (`benchmarks/README.md`). For the bilevel step use "logits", with kernel_size=3.
+            (on `streets`; `benchmarks/README.md` at commit 7c5564a). For the bilevel step use "logits", with kernel_size=3.
         kernel_size: of two of the convolutions, odd. 1: a pixel's temperature depends on that pixel alone (and on the
             interpolated features); 3: on 7 x 7 pixels.
         hidden_channels: width of the net. The default gives 337 parameters, and 5,377 with "logits", kernel_size=3 and C = 19.

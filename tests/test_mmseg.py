@@ -260,7 +260,7 @@ def test_without_two_labels_that_differ_nothing_is_fitted(host, caplog):
     assert log["dacal.skipped_unjudged"] == 1.0
     assert "dacal.fit_loss" not in log
     assert same(ours._dacal.learner.temperature_net.state_dict(), before)
-    assert caplog.records[0].getMessage().startswith("dacal: no fit (no pixel is judged: ")
+    assert caplog.records[0].getMessage().startswith("dacal: no fit (no pixel of the judged set has a label")
 
 
 @pytest.mark.parametrize("kind", ["daformer", "mic, own teacher"])
@@ -540,12 +540,13 @@ def test_blends_on_which_the_teacher_overflows_are_skipped(host):
     assert same(ours._dacal.learner.temperature_net.state_dict(), before)
 
 
-def test_temperature_maps_lie_beside_the_hosts_pictures_and_cost_no_run(host, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("learn", ["fit", "bilevel"])
+def test_temperature_maps_lie_beside_the_hosts_pictures_and_cost_no_run(host, tmp_path, monkeypatch, caplog, learn):
     pytest.importorskip("matplotlib")
     for folder in ("class_mix_debug", "debug"):
         work = tmp_path / folder
         (work / folder).mkdir(parents=True)
-        ours, optimizer = made(host, dacal={"learn": "fit"}, work_dir=str(work))
+        ours, optimizer = made(host, dacal={"learn": learn}, work_dir=str(work))
         ours.debug_img_interval = 2
         train(ours, optimizer, 3)
         assert sorted(path.name for path in (work / folder).iterdir()) == ["000001_temperature.png", "000003_temperature.png"]
@@ -907,10 +908,9 @@ ANSWERS = {
 @pytest.mark.parametrize("answer", ANSWERS)
 @pytest.mark.parametrize("learn", ["fit", "bilevel"])
 def test_the_teachers_logits_are_found(forks, answer, caplog, learn):
-    options = {"dacal": {"learn": learn}, "iterations": {"fit": 3, "bilevel": 1}[learn]}
-    _, expected = trained_fork(forks, "Fork", **options)
+    _, expected = trained_fork(forks, "Fork", dacal={"learn": learn})
     with caplog.at_level("INFO", logger="mmseg"):
-        _, logs = trained_fork(forks, "Fork", change=answering(ANSWERS[answer]), **options)
+        _, logs = trained_fork(forks, "Fork", dacal={"learn": learn}, change=answering(ANSWERS[answer]))
     assert logs == expected
     said = [record.getMessage() for record in caplog.records if "entry" in record.getMessage()]
     begins = {
@@ -936,7 +936,8 @@ def test_small_logits_are_interpolated(forks):
         assert logs[0] == logs[1]
 
 
-def test_where_several_entries_could_be_logits_one_must_be_named(forks):
+@pytest.mark.parametrize("learn", ["fit", "bilevel"])
+def test_where_several_entries_could_be_logits_one_must_be_named(forks, learn):
     def two(z):
         return {"main": z, "aux": z * 0}
 
@@ -944,7 +945,7 @@ def test_where_several_entries_could_be_logits_one_must_be_named(forks):
         r"uda\.dacal: expected the teacher's encode_decode to return logits \(N, 4, h, w\), alone or as one entry, "
         r"got dict of 'main': float32 .*; say which entry is meant, for example uda\.dacal\.logits_of='main'"
     )
-    own = {"learn": "fit"}
+    own = {"learn": learn}
     with pytest.raises(TypeError, match=message):
         trained_fork(forks, "Fork", dacal=own, change=answering(two), iterations=1)
     _, expected = trained_fork(forks, "Fork", dacal=own)

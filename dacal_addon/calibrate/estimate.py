@@ -104,7 +104,7 @@ def estimate_temperature(
         >>> found.taken, found.temperature > 2, sorted(found.estimates)[:3]
         ('labelled and prior', True, ['atc', 'blends', 'doc'])
 
-    How good it is in how many cells: `benchmarks/README.md`. Labels of ten images are better wherever they can be had.
+    How good it is in how many cells: `benchmarks/README.md`. Labels of ten images are better where they can be had.
 
     Source: shadows, the typical temperature and the rules are ours; the other estimators' papers are named with them.
     """

@@ -36,7 +36,7 @@ class TemperatureFit(Learner):
     Each call blends every target image with another one of the batch, 65 to 35, asks the teacher, and lowers the negative
     log-likelihood of softmax(z / T) under the pseudo-labels of the dominant images, on the pixels whose two pseudo-labels
     differ: PseudoCal's rule. Its premise is that a network errs on such blends as it does on the target, where no label is
-    known; how far that holds on our benchmarks: `benchmarks/README.md`.
+    known. It does not hold everywhere: students ended underconfident on one of our data sets (`benchmarks/README.md`).
     Rare classes are among those pixels far more often than among the target's, so that every class is weighted back to the
     share that it has on the target.
     PseudoCal fits one temperature after training; here a net of them follows the teacher while it trains.
@@ -44,7 +44,8 @@ class TemperatureFit(Learner):
     It costs one forward pass of the teacher without gradient, and the temperature net's forward and backward pass.
 
     Args: those of `Learner`. The temperature net should see what means the same on blended and on clean images, as confidence
-        does: with the logits or features as inputs too it learned less that was true of clean ones (`benchmarks/README.md`).
+        does: with the logits or features as inputs too it learned less that was true of clean ones (at commit 7c5564a,
+        `benchmarks/README.md`).
         The call needs `teacher`, the network itself; where a judged set is to be asked in evaluation mode (`ShadowSet`), the
         module, for a function is asked as it is.
 
@@ -71,7 +72,7 @@ class TemperatureFit(Learner):
         assert teacher is not None  # for mypy: `judges_teacher` has asked for it
         judged = self.judged_set(batch, generator=iteration.generator)
         if not ranks.anywhere(bool((judged.label != self.ignore_index).any()), like=judged.weight):
-            return Skip(SkipKind.UNJUDGED, "no pixel of the judged set has a label (of blends: both pseudo-labels are the same)")
+            return Skip(SkipKind.UNJUDGED, "no pixel of the judged set has a label (in blends: both pseudo-labels are one)")
         with in_evaluation_mode(teacher) if judged.evaluation else nullcontext():
             output = ask(teacher, judged.image)
         height, width = judged.label.shape[-2:]
