@@ -158,9 +158,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--data", type=Path, help="folder of the real pictures")
     parser.add_argument("--quick", action="store_true", help="a few iterations of one seed: only to see that it runs")
-    parser.add_argument(
-        "--again", action="store_true", help="train nothing; compute the folds of all trained students anew"
-    )
+    parser.add_argument("--again", action="store_true", help="train nothing; compute the folds of all trained students anew")
     parser.add_argument("--report", action="store_true", help="train nothing; write cells.md again")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results, with --quick a new temporary folder")

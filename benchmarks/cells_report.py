@@ -1,17 +1,27 @@
 """cells.md: what holds in how many cells, and every figure behind it."""
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Sequence
 
-from cell_folds import LABELLED, reached
+import numpy as np
+from cell_folds import CURVE, LABELLED, reached
 from cell_methods import Method
 
+from dacal_addon.calibrate import ESTIMATORS
+from dacal_addon.calibrate.estimators import TYPICAL
 from dacal_addon.plots import BLUE, GREY, ORANGE, new_figure, save, styled
 
 Row = Dict[str, Any]
 LOST = 0.5
 """Points of mIoU, and of ECE, beyond which a cell counts as harmed."""
+
+
+CONSTANTS = (TYPICAL**0.5, 1.15, 1.2, TYPICAL, 1.3, 1.35, 1.4, TYPICAL**2)
+"""Temperatures: the typical one, its neighbours, half and double of its logarithm."""
+CHOSEN_ON = ("streets-600", "digits-600", "mitochondria-600", "streets_india_cambridge-1000")
+"""Cells that were to choose constants."""
 
 
 class Outcome(NamedTuple):
@@ -42,6 +52,8 @@ def write_report(rows: Sequence[Row], path: Path, methods: Mapping[str, Method])
         summary(rows, methods),
         "## mIoU and ECE by cell",
         by_cell(rows, methods),
+        "## Hard labels: a constant, or an estimate",
+        rules(rows),
         "## Hard labels: every estimate",
         estimates(rows),
         "## Hard labels: a few labelled target images",
@@ -143,6 +155,48 @@ def by_cell(rows: Sequence[Row], methods: Mapping[str, Method]) -> str:
         if any(entries):
             lines.append(f"| {method.title} | {' | '.join(entries)} |")
     return "\n".join(lines)
+
+
+def rules(rows: Sequence[Row]) -> str:
+    """How constants and estimators do as the temperature of hard labels' students. A constant's ECE is read off the curve."""
+    hard = [row for row in rows if row["method"] == "hard"]
+    if not hard:
+        return "(none)"
+    columns = ("reaches the aim", "worst ECE", "mean of log(ECE after / before)", "of cells chosen on", "of others")
+    lines = [f"| | {' | '.join(columns)} | log T from the best |", "| --- |" + " --- |" * (len(columns) + 1)]
+    for title, ece_of, temperature_of in [*map(_constant, CONSTANTS), *map(_estimator, ESTIMATORS)]:
+        each = outcomes(hard, "hard", ece_of)
+        worst = max(each, key=lambda o: o.ece - o.before)
+        logs = {o.cell: math.log(o.ece / o.before) for o in each}
+        parts = (logs.values(), *([v for c, v in logs.items() if (c in CHOSEN_ON) == own] for own in (True, False)))
+        means = " | ".join(f"{statistics.fmean(part):+.2f}" if part else "" for part in parts)
+        squares = [math.log(temperature_of(row) / row["folds"]["best"]["temperature"]) ** 2 for row in hard]
+        lines.append(
+            f"| {title} | {sum(reached(o.before, o.ece, o.best) for o in each)} of {len(each)} "
+            f"| {worst.cell} {worst.ece - worst.before:+.2f} | {means} | {math.sqrt(statistics.fmean(squares)):.2f} |"
+        )
+    return "\n".join(lines)
+
+
+class _Rule(NamedTuple):
+    title: str
+    ece_of: Callable[[Row], float]
+    temperature_of: Callable[[Row], float]
+
+
+def _constant(t: float) -> _Rule:
+    at = np.log(CURVE)
+    return _Rule(f"T = {t:.3g}", lambda row: float(np.interp(math.log(t), at, row["curve"])), lambda row: t)
+
+
+def _estimator(name: str) -> _Rule:
+    """Where it has no estimate, T = 1."""
+
+    def fold(row: Row) -> Row:
+        found: Row = row["folds"].get(name, {"ece": row["ece"], "temperature": 1.0})
+        return found
+
+    return _Rule(f"`{name}`", lambda row: float(fold(row)["ece"]), lambda row: float(fold(row)["temperature"]))
 
 
 def estimates(rows: Sequence[Row]) -> str:
