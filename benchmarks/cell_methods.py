@@ -230,7 +230,7 @@ class AugCal(HardLabels):
 
 
 class FittedToTruth(Teaching):
-    """Bound: temperatures as `dacal` has them, but fitted on the target's true labels instead of on blends."""
+    """Bound: temperatures as `fit` has them, but fitted on the target's true labels instead of on blends."""
 
     title = "bound: temperatures fitted to the truth"
     sees_target = True

@@ -5,9 +5,10 @@
     python benchmarks/cells.py --methods hard soft --cells streets-600 --seeds 0
     python benchmarks/cells.py --quick --out /tmp/cells  # a few iterations, only to see that it runs
 
-Every method trains on seven eighths of the source; the last eighth is held out, for shadows and estimators. Writes cells.json,
-one run a line as soon as it is finished (the same command goes on after an interruption), and cells.md. Trained students are
-kept in --cache: `--again` computes the folds of those that are there anew. Figures are of the target's test images, percent.
+Every method trains on seven eighths of the source; an eighth, drawn at random, is held out for shadows and estimators. Writes
+cells.json, one run a line as soon as it is finished (the same command goes on after an interruption), and cells.md. Trained
+students are kept in --cache: `--again` computes the folds of those that are there anew. Figures are of the target's test
+images, percent.
 """
 
 import argparse

@@ -109,7 +109,7 @@ class DACal:
             given = {"temperature_net": temperature_net, "meta_optimizer": meta_optimizer, "features_of": features_of}
             odd = sorted([*options, *(name for name, value in given.items() if value is not None)])
             if odd:
-                remedy = f"name one, learner={next(iter(LEARNERS))!r}"
+                remedy = f"name one of {', '.join(map(repr, LEARNERS))}"
                 raise problem("DACal", expected=f"a learner, whose option {odd[0]} is", got="learner=None", remedy=remedy)
         elif temperature_net is None:
             temperature_net = MetaTemperatureNet(num_classes, **learner.defaults.net_options)
@@ -242,12 +242,14 @@ class DACal:
             ValueError: it was taken with another learner; nothing has changed then.
         """
         if self.learner is not None:
+            if state.get("learner", "") is None:
+                remedy = "resume without a learner, as it was written"
+                expected = f"the state of a {type(self.learner).__name__}"
+                raise problem("DACal", expected=expected, got="one of hard labels", remedy=remedy)
             self.learner.load_state_dict(state)
             return
         if state.get("learner", "") is not None or "generator" not in state:
-            got, remedy = (
-                f"that of {state.get('learner', 'something else')}",
-                "resume with the learner that it was written with",
-            )
+            got = f"that of {state.get('learner', 'something else')}"
+            remedy = "resume with the learner that it was written with"
             raise problem("DACal", expected="a state without a learner", got=got, remedy=remedy)
         self.generator.set_state(state["generator"].cpu())  # map_location may have moved it

@@ -259,7 +259,7 @@ def test_mistakes_are_named():
         with pytest.raises(ValueError, match=rf"{name}: expected logits: a floating tensor .* with C = 6"):
             dacal(*scene["loader"][0])
     with pytest.raises(
-        ValueError, match="expected a learner, whose option every is, got learner=None; name one, learner='fit'"
+        ValueError, match="expected a learner, whose option every is, got learner=None; name one of 'fit', 'bilevel'"
     ):
         DACal(scene["student"], scene["teacher"], num_classes=CLASSES, every=2)
     with pytest.raises(TypeError, match="got dict of 'aux': "):
@@ -300,6 +300,8 @@ def test_without_a_learner_labels_are_hard_and_training_resumes_exactly():
     fit = DACal(whole["student"], whole["teacher"], num_classes=CLASSES, learner="fit")
     with pytest.raises(ValueError, match="expected a state without a learner, got that of TemperatureFit"):
         again.load_state_dict(fit.state_dict())
+    with pytest.raises(ValueError, match="expected the state of a TemperatureFit, got one of hard labels"):
+        fit.load_state_dict(state)
 
 
 @pytest.mark.parametrize("network", ["plain", "dictionary"])

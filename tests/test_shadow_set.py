@@ -121,6 +121,7 @@ def test_the_strength_is_drawn_uniformly_once_a_call():
         return image
 
     judged, g = ShadowSet(*held_out(), count=3, strength=(0.5, 1.5), looks={"note": look}), generator()
+    seen.clear()  # of the trial at construction
     for _ in range(300):
         judged(batch(), generator=g)
     drawn = torch.tensor(seen).view(300, 3)
@@ -547,3 +548,9 @@ def test_the_fit_skips_where_no_pixel_is_judged():
 
 def test_a_judged_batch_is_asked_as_the_network_is_where_nothing_is_said():
     assert JudgedBatch(IMAGE, LABEL, LABEL.double()).evaluation is False
+
+
+@pytest.mark.parametrize("option", [{"blur": 7.0}, {"value_range": (1.0, 0.0)}, {"looks": {}}])
+def test_what_shadows_refuse_is_refused_at_once(option):
+    with pytest.raises(ValueError, match="shadows: expected "):
+        ShadowSet(*held_out(), **option)

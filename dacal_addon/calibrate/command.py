@@ -66,9 +66,9 @@ def calibrate(options: CalibrateOptions) -> int:
     Errors that the code of the set-up file raises are its author's, and keep their traceback.
     """
     try:
-        _check_out(options)
         for what, path in (("CHECKPOINT", options.checkpoint), ("SETUP", options.setup)):
             _check_file(what, path)
+        _check_out(options)
         with _importable(options.setup.resolve().parent):
             _calibrate(options, read_setup(options.setup))
     except (ValueError, TypeError) as error:
@@ -234,7 +234,8 @@ def _load(network: nn.Module, weights: Mapping[str, Any], prefix: str) -> None:
         network.load_state_dict(own)
     except RuntimeError as error:
         wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-        given = {name: tuple(value.shape) for name, value in own.items() if isinstance(value, Tensor)}
+        # What is no tensor has no shape, and no place among weights.
+        given = {name: tuple(getattr(value, "shape", ("no tensor",))) for name, value in own.items()}
         name = next((name for name in {**wanted, **given} if wanted.get(name) != given.get(name)), None)
         if name is None:
             raise

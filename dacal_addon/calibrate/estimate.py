@@ -150,9 +150,9 @@ def without_labels(estimates: Mapping[str, Estimate]) -> Choice:
     temperature than any of them, or any mean of them, and did the least harm.
 
     Example:
-        >>> typical = Estimate("typical", 1.3, 0.15)
+        >>> typical = Estimate("typical", TYPICAL, TYPICAL_SPREAD)
         >>> without_labels({"typical": typical, "shadows": Estimate("shadows", 1.7), "blends": Estimate("blends", 0.8)})[:2]
-        (1.3, 'typical')
+        (1.25, 'typical')
         >>> without_labels({"typical": typical, "shadows": Estimate("shadows", 0.7), "blends": Estimate("blends", 0.8)}).reason
         'abstains, T = 1: by shadows (0.70) and blends (0.80) the network is not overconfident'
     """

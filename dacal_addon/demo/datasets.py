@@ -70,7 +70,7 @@ def load_dataset(name: str, *, seed: int, train_images: Optional[int] = None, te
 
 
 def hold_out_source(dataset: Dataset) -> Tuple[Dataset, Split]:
-    """The data set with seven eighths of its source images to train on, and the last eighth to judge on."""
+    """The data set with seven eighths of its source images to train on, and an eighth, drawn at random, to judge on."""
     train, kept = hold_out(range(len(dataset.source_train.image)))
     source = Split(*(part[train.indices] for part in dataset.source_train))
     return dataset._replace(source_train=source), Split(*(part[kept.indices] for part in dataset.source_train))

@@ -1,6 +1,6 @@
 """The paper's meta-step through a host's own heads: its mixed image, hard label and weights, its losses, its way in."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Dict, Iterator, Optional, Union
 
 from torch import Tensor, nn
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from .._check import describe, problem
 from ..engines import Student
 from ..learners import BilevelCalibrationStep, JudgedBatch
+from ..learners.judged_sets import as_judged
 from ..losses import OuterLoss
-from ..preserve import in_evaluation_mode
 from ..pseudo_labels import SoftPseudoLabeler
 from .criterion import TaughtHeads
 from .listening import Call
@@ -71,7 +71,7 @@ class HostCalibrationStep(BilevelCalibrationStep):
     def loss_on_judged(self, f: Student, judged: JudgedBatch) -> Tensor:
         label = judged.label.unsqueeze(1).contiguous()
         call = self._call().changed(**{IMAGE: judged.image, LABEL: label, WEIGHT: judged.weight})
-        with self.heads.judged(self.judge), in_evaluation_mode(f) if judged.evaluation else nullcontext():
+        with self.heads.judged(self.judge), as_judged(judged, f):
             return total_loss(entered(f, call))
 
     def _call(self) -> Call:

@@ -1,6 +1,5 @@
 """The meta-step: learn the temperatures by looking one student update ahead."""
 
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, List, Optional, Type, Union
 
@@ -12,10 +11,10 @@ from ..engines import Student, Update, check_supported, has_zero_step, hypergrad
 from ..engines import backward as plain_backward
 from ..losses import InnerLoss, soft_cross_entropy
 from ..mixing import mix
-from ..preserve import Preserved, in_evaluation_mode, preserved
+from ..preserve import Preserved, preserved
 from ..pseudo_labels import SoftPseudoLabeler, SoftPseudoLabels
 from ..ranks import Ranks
-from .judged_sets import JudgedBatch
+from .judged_sets import JudgedBatch, as_judged
 from .learner import Defaults, Iteration, Learned, Learner, mean_over_all
 from .skips import Skip
 
@@ -168,7 +167,7 @@ class BilevelCalibrationStep(Learner):
 
     def loss_on_judged(self, f: Student, judged: JudgedBatch) -> Tensor:
         """The outer loss of `f`, the student with the live or the virtually updated parameters."""
-        with in_evaluation_mode(f) if judged.evaluation else nullcontext():
+        with as_judged(judged, f):
             logits = self._logits(f, judged.image)
         return self.outer_loss(logits, judged.label, judged.weight, ignore_index=self.ignore_index)
 

@@ -4,13 +4,15 @@ A judged set is any function `(DomainBatch, *, generator) -> JudgedBatch`; those
 look like is the open question of the method.
 """
 
-from typing import Dict, NamedTuple, Protocol
+from contextlib import nullcontext
+from typing import Any, ContextManager, Dict, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .._check import problem
 from ..mixing import blend_pairs, complement, mix
+from ..preserve import in_evaluation_mode
 
 
 class DomainBatch(NamedTuple):
@@ -42,6 +44,11 @@ class JudgedBatch(NamedTuple):
     """(N, H, W) floating."""
     evaluation: bool = False
     """Whether the network is asked in evaluation mode, as it will be used, instead of in the mode that it is in."""
+
+
+def as_judged(judged: JudgedBatch, network: Any) -> ContextManager[None]:
+    """Inside, the network is in the mode in which the judged set is for it to be asked."""
+    return in_evaluation_mode(network) if judged.evaluation else nullcontext()
 
 
 class JudgedSet(Protocol):

@@ -250,7 +250,7 @@ class Learner(ABC):
             ValueError, TypeError: tensors that do not fit each other; nothing has changed then.
             RuntimeError: called under `torch.inference_mode`.
         """
-        self.check_batch(source_image, source_label, target_image, teacher_image=teacher_image, mask=mask)
+        check_batch(self._name, source_image, source_label, target_image, teacher_image=teacher_image, mask=mask)
         if self.judges_teacher and teacher is None:
             remedy = "pass teacher=teacher, the network: it is asked about images that it has not seen yet"
             raise problem(self._name, expected="teacher", got="its logits alone", remedy=remedy, error=TypeError)
@@ -259,7 +259,7 @@ class Learner(ABC):
             return self._counted(skip)
         seen = target_image if teacher_image is None else teacher_image
         if teacher_logits is None:
-            teacher_logits, teacher_features = self.ask_teacher(teacher, seen)
+            teacher_logits, teacher_features = ask_teacher(self._name, self.outputs, teacher, seen)
         logits = self._checked_logits(source_label, teacher_logits)
         # A first call in the warm-up only looks whether the batch fits: it draws nothing that a later one would have drawn.
         draw = generator or self.generator if skip is None or backward else torch.Generator().manual_seed(0)
@@ -284,10 +284,6 @@ class Learner(ABC):
             if isinstance(learned, Learned):
                 return self._descend(learned)
             return self._counted(learned, inner_loss=self.train_student(iteration) if backward else math.nan)
-
-    def ask_teacher(self, teacher: Optional[Network], image: Tensor) -> Any:
-        """(logits, features or None) of the target images; see `inputs.ask_teacher`."""
-        return ask_teacher(self._name, self.outputs, teacher, image)
 
     def to(self, device: Union[torch.device, str]) -> None:
         """Move the temperature net, and the state of its optimizer, which does not follow by itself."""
@@ -435,10 +431,6 @@ class Learner(ABC):
         finally:
             for parameter in self.meta_parameters:
                 parameter.grad = None
-
-    def check_batch(self, *images: Any, **others: Any) -> None:
-        """Raise what a call with these would, before any network is asked; see `inputs.check_batch`."""
-        check_batch(self._name, *images, **others)
 
     def _checked_logits(self, source_label: Tensor, teacher_logits: Any) -> Tensor:
         """The teacher's logits at the resolution of the labels."""

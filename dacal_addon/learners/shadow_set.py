@@ -16,7 +16,8 @@ from .judged_sets import DomainBatch, JudgedBatch
 class ShadowSet:
     """Judges on a few held-out source images in the look of the batch's target images; their labels are true.
 
-    No label of these images reaches a training loss. The network is asked in evaluation mode, as it will be used.
+    No label of these images reaches a training loss. The network is asked in evaluation mode, as it will be used; a student
+    that checkpoints activations computes them again later, in the mode that it is in, and cannot be judged so.
 
     Args:
         image: (M, K, H, W) floating, held out from training (`dacal_addon.held_out.hold_out`), scaled as in training. Of any
@@ -64,6 +65,9 @@ class ShadowSet:
             raise problem("ShadowSet", expected="strength: (low, high), 0 <= low <= high", got=repr(strength), remedy=remedy)
         self.image, self.label, self.count, self.strength = x, label, count, strength
         self._options: Mapping[str, Any] = {"looks": looks, "blur": blur, "value_range": value_range}
+        one = at_least_float32(x[:1])
+        draw = torch.Generator().manual_seed(0)
+        shadows(one, one, generator=draw, strength=strength[1], **self._options)  # raises what it would raise later
         self._known = Fingerprints(list(label))
 
     def __call__(self, batch: DomainBatch, *, generator: torch.Generator) -> JudgedBatch:

@@ -1,14 +1,12 @@
 """Fitting the temperatures directly, without a virtual step: on blends of target images, whose labels are known well enough."""
 
-from contextlib import nullcontext
 from typing import Union
 
 import torch
 from torch import Tensor
 
-from ..preserve import in_evaluation_mode
 from ..pseudo_labels import LOGIT_FLOOR, without_class
-from .judged_sets import usable
+from .judged_sets import as_judged, usable
 from .learner import Defaults, Iteration, Learned, Learner
 from .networks import ask
 from .skips import Skip, SkipKind
@@ -73,7 +71,7 @@ class TemperatureFit(Learner):
         judged = self.judged_set(batch, generator=iteration.generator)
         if not ranks.anywhere(bool((judged.label != self.ignore_index).any()), like=judged.weight):
             return Skip(SkipKind.UNJUDGED, "no pixel of the judged set has a label (in blends: both pseudo-labels are one)")
-        with in_evaluation_mode(teacher) if judged.evaluation else nullcontext():
+        with as_judged(judged, teacher):
             output = ask(teacher, judged.image)
         height, width = judged.label.shape[-2:]
         logits = self.outputs.logits(self._name, output, (height, width))
