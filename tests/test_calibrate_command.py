@@ -435,6 +435,7 @@ CHECKPOINTS = {
         [],
         "with 5.weight of shape none, got 5.weight of shape (7, 6); build the network whose weights were saved",
     ),
+    "a number among the weights": (lambda state: {**state, "epoch": 3}, [], "with epoch of shape none, got epoch of shape"),
     "a list": (lambda state: [state], [], "expected a checkpoint that is a dictionary, got list; save network.state_dict()"),
     "a tensor": (lambda state: torch.ones(3), [], "expected a checkpoint that is a dictionary, got float32 (3,); save"),
 }
