@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     demo = commands.add_parser(
         "demo",
-        help="train three methods on an embedded benchmark and compare their calibration (minutes on 2 cores)",
+        help="train three methods on an embedded benchmark and compare their calibration (about 3 minutes on 2 cores)",
         description="Train source-only, hard-label and DA-Cal self-training with one seed and one budget, and fold one "
         "temperature into the student of hard labels; print a table, and write it as JSON with reliability diagrams and a "
         "picture of confidence beside correctness.",
