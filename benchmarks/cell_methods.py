@@ -76,20 +76,23 @@ class FittedTemperatures(Teaching):
     def __init__(self, student: SmallUNet, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
         super().__init__(student, optimizer, recipe)
         net = MetaTemperatureNet(student.head.out_channels)
-        self.temperature_net = net.to(next(student.parameters()).device)
+        self.net = net.to(next(student.parameters()).device)
         self.label = SoftPseudoLabeler(net, threshold=recipe.threshold)
-        adam = torch.optim.Adam(net.parameters(), lr=TemperatureFit.defaults.learning_rate)
-        self.fit = TemperatureFit(self.label, meta_optimizer=adam)
+        self.adam = torch.optim.Adam(net.parameters(), lr=TemperatureFit.defaults.learning_rate)
+        self.fit = TemperatureFit(self.label, meta_optimizer=self.adam)
 
     def teach(self, teacher: SmallUNet, batch: Batch) -> str:
         with torch.no_grad():
             logits = teacher(batch.target_image)
-        images = (batch.source_image, batch.source_label, batch.target_image)
-        self.fit(*images, logits, teacher=teacher, mask=batch.mask, generator=batch.generator)
+        self.learn(teacher, batch, logits)
         with torch.no_grad():
             labels = self.label(logits)
         self.mixed_loss(batch, labels.soft_label, labels.weight).backward()
         return f"T {float(labels.temperature.min()):.2f}..{float(labels.temperature.max()):.2f}"
+
+    def learn(self, teacher: SmallUNet, batch: Batch, logits: Tensor) -> None:
+        images = (batch.source_image, batch.source_label, batch.target_image)
+        self.fit(*images, logits, teacher=teacher, mask=batch.mask, generator=batch.generator)
 
 
 class ShadowStep(Teaching):
@@ -229,29 +232,15 @@ class AugCal(HardLabels):
         return super().teach(teacher, batch._replace(source_strong=self.augmented))
 
 
-class FittedToTruth(Teaching):
-    """Bound: temperatures as `fit` has them, but fitted on the target's true labels instead of on blends."""
+class FittedToTruth(FittedTemperatures):
+    """Bound: the temperatures are fitted on the target's true labels instead of on blends."""
 
     title = "bound: temperatures fitted to the truth"
-    sees_target = True
 
-    def __init__(self, student: SmallUNet, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
-        super().__init__(student, optimizer, recipe)
-        net = MetaTemperatureNet(student.head.out_channels)
-        self.net = net.to(next(student.parameters()).device)
-        self.adam = torch.optim.Adam(net.parameters(), lr=2e-3)
-        self.label = SoftPseudoLabeler(net, threshold=recipe.threshold)
-
-    def teach(self, teacher: SmallUNet, batch: Batch) -> str:
-        with torch.no_grad():
-            logits = teacher(batch.target_image)
+    def learn(self, teacher: SmallUNet, batch: Batch, logits: Tensor) -> None:
         self.adam.zero_grad()
         cross_entropy(logits / self.net(logits), batch.target_label).backward()
         self.adam.step()
-        with torch.no_grad():
-            labels = self.label(logits)
-        self.mixed_loss(batch, labels.soft_label, labels.weight).backward()
-        return ""
 
 
 def _plain(kind: Type[Teaching]) -> Callable[..., Teaching]:

@@ -144,7 +144,7 @@ def cells_of(options: argparse.Namespace) -> List[Cell]:
     real = real_pictures.names(options.data) if options.data else []
     if not real:
         print("real pictures: none (--data FOLDER, see benchmarks/README.md); their cells are left out")
-    at = {"data": str(options.data), "cache": str(options.cache), "quick": options.quick}
+    at = {"data": str(options.data) if real else None, "cache": str(options.cache), "quick": options.quick}
     pairs = [(name, lengths[0]) for name in NAMES]
     pairs += [(name, QUICK_ITERATIONS if options.quick else real_pictures.RECIPE.iterations) for name in real]
     pairs += [(name, length) for length in lengths[1:] for name in NAMES]

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Sequence
 
@@ -16,8 +17,6 @@ from dacal_addon.plots import BLUE, GREY, ORANGE, new_figure, save, styled
 Row = Dict[str, Any]
 LOST = 0.5
 """Points of mIoU, and of ECE, beyond which a cell counts as harmed."""
-
-
 CONSTANTS = (TYPICAL**0.5, 1.15, 1.2, TYPICAL, 1.3, 1.35, 1.4, TYPICAL**2)
 """Temperatures: the typical one, its neighbours, half and double of its logarithm."""
 CHOSEN_ON = ("streets-600", "digits-600", "mitochondria-600", "streets_india_cambridge-1000")
@@ -29,9 +28,9 @@ class Outcome(NamedTuple):
 
     cell: str
     seeds: int
-    miou: float
     gained: float
-    """Points of mIoU more than hard labels."""
+    """Points of mIoU more than hard labels; likewise the next one, of accuracy."""
+    accuracy_gained: float
     before: float
     """ECE of hard labels as they are, %."""
     ece: float
@@ -46,8 +45,7 @@ def write_report(rows: Sequence[Row], path: Path, methods: Mapping[str, Method])
         "Written by `benchmarks/cells.py` from `cells.json`; [README](../README.md) says what it means. Target test images, "
         "percent; means over seeds, differences paired with hard labels by seed. *taken*: the temperature of "
         "`estimate_temperature`, without target labels. *aim*: ECE 40 % lower than hard labels' as they are, or by three "
-        "quarters of what their best "
-        "single temperature takes off.",
+        "quarters of what their best single temperature takes off.",
         "## In short",
         summary(rows, methods),
         "## mIoU and ECE by cell",
@@ -84,18 +82,16 @@ def outcomes(rows: Sequence[Row], method: str, ece_of: Callable[[Row], float]) -
         if not seeds:
             continue
 
-        def mean(value: Callable[[int], float], seeds: Sequence[int] = seeds) -> float:
-            return statistics.fmean(map(value, seeds))
-
+        pairs = [(own[seed], hard[seed]) for seed in seeds]
         found.append(
             Outcome(
                 cell,
                 len(seeds),
-                mean(lambda seed, own=own: own[seed]["miou"]),  # type: ignore[misc]  # mypy does not infer lambdas with defaults
-                mean(lambda seed, own=own, hard=hard: own[seed]["miou"] - hard[seed]["miou"]),  # type: ignore[misc]  # likewise
-                mean(lambda seed, hard=hard: hard[seed]["ece"]),  # type: ignore[misc]  # likewise
-                mean(lambda seed, own=own: ece_of(own[seed])),  # type: ignore[misc]  # likewise
-                mean(lambda seed, hard=hard: hard[seed]["folds"]["best"]["ece"]),  # type: ignore[misc]  # likewise
+                statistics.fmean(row["miou"] - other["miou"] for row, other in pairs),
+                statistics.fmean(row["accuracy"] - other["accuracy"] for row, other in pairs),
+                statistics.fmean(other["ece"] for _, other in pairs),
+                statistics.fmean(ece_of(row) for row, _ in pairs),
+                statistics.fmean(other["folds"]["best"]["ece"] for _, other in pairs),
             )
         )
     return found
@@ -107,15 +103,7 @@ def summary(rows: Sequence[Row], methods: Mapping[str, Method]) -> str:
     head = f"| | {' | '.join((*columns, 'mean mIoU', 'mean ECE', 'worst ECE', 'worst mIoU'))} |"
     lines = [head, "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for name, method in methods.items():
-        folds: Dict[str, Callable[[Row], float]] = {
-            "": lambda row: float(row["ece"]),
-            " + fold": lambda row: float(row["folds"]["taken"]["ece"]),
-            " + best single T (bound)": lambda row: float(row["folds"]["best"]["ece"]),
-        }
-        if method.closely:
-            for k in LABELLED:
-                folds[f" + fold, {k} labelled"] = lambda row, k=k: statistics.fmean(row["labelled"][str(k)]["combined"])  # type: ignore[misc]  # likewise
-        for fold, ece_of in folds.items():
+        for fold, ece_of in _folds(method).items():
             each = outcomes(rows, name, ece_of)
             if not each:
                 continue
@@ -130,8 +118,24 @@ def summary(rows: Sequence[Row], methods: Mapping[str, Method]) -> str:
     return "\n".join(lines)
 
 
+def _folds(method: Method) -> Dict[str, Callable[[Row], float]]:
+    """What is behind a method's title: the ECE of it."""
+    folds: Dict[str, Callable[[Row], float]] = {
+        "": lambda row: float(row["ece"]),
+        " + fold": lambda row: float(row["folds"]["taken"]["ece"]),
+        " + best single T (bound)": lambda row: float(row["folds"]["best"]["ece"]),
+    }
+    if method.closely:
+        folds.update({f" + fold, {k} labelled": partial(_with_labels, str(k)) for k in LABELLED})
+    return folds
+
+
+def _with_labels(k: str, row: Row) -> float:
+    return statistics.fmean(row["labelled"][k]["combined"])
+
+
 def by_cell(rows: Sequence[Row], methods: Mapping[str, Method]) -> str:
-    """mIoU, ECE as trained / folded / at the best temperature."""
+    """mIoU, its and accuracy's gain on hard labels of the same seeds; ECE as trained / folded / at the best temperature."""
     cells = cells_of(rows)
     lines = [f"| | {' | '.join(cells)} |", "| --- |" + " --- |" * len(cells)]
     for name, method in methods.items():
@@ -141,17 +145,16 @@ def by_cell(rows: Sequence[Row], methods: Mapping[str, Method]) -> str:
             if not own:
                 entries.append("")
                 continue
-            figures = (
+            miou, ece, taken, best = (
                 statistics.fmean(values)
-                for values in (
-                    [row["miou"] for row in own],
-                    [row["ece"] for row in own],
-                    [row["folds"]["taken"]["ece"] for row in own],
-                    [row["folds"]["best"]["ece"] for row in own],
-                )
+                for values in zip(*((r["miou"], r["ece"], r["folds"]["taken"]["ece"], r["folds"]["best"]["ece"]) for r in own))
             )
-            miou, ece, taken, best = figures
-            entries.append(f"{miou:.1f}; {ece:.2f} / {taken:.2f} / {best:.2f} ({len(own)})")
+            gains = "".join(
+                f" ({each.gained:+.1f}, accuracy {each.accuracy_gained:+.1f})"
+                for each in outcomes(rows, name, lambda row: float(row["ece"]))
+                if each.cell == cell and name != "hard"
+            )
+            entries.append(f"{miou:.1f}{gains}; {ece:.2f} / {taken:.2f} / {best:.2f} ({len(own)})")
         if any(entries):
             lines.append(f"| {method.title} | {' | '.join(entries)} |")
     return "\n".join(lines)
@@ -175,6 +178,14 @@ def rules(rows: Sequence[Row]) -> str:
             f"| {title} | {sum(reached(o.before, o.ece, o.best) for o in each)} of {len(each)} "
             f"| {worst.cell} {worst.ece - worst.before:+.2f} | {means} | {math.sqrt(statistics.fmean(squares)):.2f} |"
         )
+    by_set: Dict[str, List[float]] = {}
+    for row in hard:
+        by_set.setdefault(row["cell"].rsplit("-", 1)[0], []).append(math.log(row["folds"]["best"]["temperature"]))
+    means_of_sets = [statistics.fmean(values) for values in by_set.values()]
+    lines.append(
+        f"\nOf the best temperatures, log T by data set: mean {statistics.fmean(means_of_sets):.2f}, standard deviation "
+        f"{statistics.pstdev(means_of_sets):.2f}."
+    )
     return "\n".join(lines)
 
 
@@ -232,12 +243,13 @@ def labelled(rows: Sequence[Row]) -> str:
     """ECE by number of labelled images, joined with the estimate without labels: mean of draws and seeds, and the worst."""
     hard = [row for row in rows if row["method"] == "hard" and row["labelled"]]
     lines = [
-        f"| cell | 0 | {' | '.join(map(str, LABELLED))} | best single T |",
-        "| --- | --- |" + " --- |" * (len(LABELLED) + 1),
+        f"| cell | as trained | 0 | {' | '.join(map(str, LABELLED))} | best single T |",
+        "| --- | --- | --- |" + " --- |" * (len(LABELLED) + 1),
     ]
     for cell in cells_of(hard):
         own = list(of(hard, "hard", cell).values())
-        entries = [f"{statistics.fmean(row['folds']['taken']['ece'] for row in own):.2f}"]
+        entries = [f"{statistics.fmean(row['ece'] for row in own):.2f}"]
+        entries.append(f"{statistics.fmean(row['folds']['taken']['ece'] for row in own):.2f}")
         for k in LABELLED:
             values = [value for row in own for value in row["labelled"][str(k)]["combined"]]
             entries.append(f"{statistics.fmean(values):.2f} ({max(values):.2f})")

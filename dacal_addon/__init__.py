@@ -2,7 +2,8 @@
 
 The data flows one way, and so do the files:
 teacher logits -> `temperature` -> `pseudo_labels` -> `mixing` -> `losses` -> `learners` and `engines` -> `metrics`;
-`self_training` puts the pieces together for a training loop; `calibrate` is for a network that is trained already.
+`self_training` puts the pieces together for a training loop; `calibrate` is for a network that is trained already. Both judge
+on source images that are `held_out`, in the target's look (`shadows`).
 """
 
 from .engines import Hypergradient, hypergradient

@@ -59,9 +59,12 @@ class Fingerprints:
 
     def __init__(self, label: Union[Tensor, Sequence[Tensor]]) -> None:
         self._known = {_fingerprint(x) for x in label}
+        self._shapes = {tuple(x.shape) for x in label}  # crops of another size need no look at their pixels
 
     def among(self, label: Tensor, *, ignore_index: int) -> List[int]:
         """Which of the label maps (N, H, W) are. One of a single class, beside `ignore_index`, is nobody's own: never."""
+        if tuple(label.shape[1:]) not in self._shapes:
+            return []
         return [i for i, x in enumerate(label) if _fingerprint(x) in self._known and _tells(x, ignore_index)]
 
 

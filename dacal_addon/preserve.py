@@ -27,9 +27,16 @@ def in_evaluation_mode(network: Any) -> Iterator[None]:
         >>> network.training
         True
     """
+    with modes_kept(network):
+        for module in network.modules() if hasattr(network, "modules") else ():
+            module.training = False
+        yield
+
+
+@contextmanager
+def modes_kept(network: Any) -> Iterator[None]:
+    """Afterwards each of a network's modules is in the mode that it was in; `network` as for `in_evaluation_mode`."""
     modes = [(module, module.training) for module in network.modules()] if hasattr(network, "modules") else []
-    for module, _ in modes:
-        module.training = False
     try:
         yield
     finally:

@@ -22,11 +22,11 @@ from .transcal import transcal
 TYPICAL = 1.25
 """What students of hard pseudo-labels need: chosen with the cells of `benchmarks/README.md` in view."""
 TYPICAL_SPREAD = 0.15
-"""Standard deviation of the best log T of such students, over data sets: 0.17 in those cells."""
+"""Standard deviation of the best log T of such students, over data sets: near that of those cells."""
 SHARE = 0.65
 """Of the dominant image in a blend: PseudoCal's."""
 IMAGE_SPREAD = 0.35
-"""Standard deviation of the log T that one labelled image gives, about the one that all give: 0.24 to 0.63 by data set."""
+"""Standard deviation of the log T that one labelled image gives, about the one that all give: a round figure."""
 IMAGE_SPREAD_COUNTS = 3
 """As many images `IMAGE_SPREAD` stands for beside those that are there: the spread of a few says little of itself."""
 _UNITY = int(np.argmin(np.abs(GRID)))  # T = 1

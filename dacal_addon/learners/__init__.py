@@ -1,8 +1,8 @@
 """Whatever learns temperatures: one constructor, one call an iteration, one result, one state.
 
-`learner` is the contract and what all share, `skips` says when a learner acts and why it did not, `networks` reads what teacher
-and student return, `judged_sets` are the images that show how good temperatures are (`shadow_set`: held-out ones);
-`temperature_fit` and `bilevel` are the learners.
+`learner` is the contract and what all share, `inputs` checks a batch and asks the teacher, `skips` says when a learner acts
+and why it did not, `networks` reads what teacher and student return, `judged_sets` are the images that show how good
+temperatures are (`shadow_set`: held-out ones); `temperature_fit` and `bilevel` are the learners.
 """
 
 from typing import Dict, Optional, Type

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from dacal_addon.calibrate import LOOKS, blurred, colour_statistics, low_frequencies, shadows
+from dacal_addon.shadows import LOOKS, blurred, colour_statistics, low_frequencies, shadows
 
 
 def generator(seed=0):
