@@ -1,6 +1,7 @@
 """One shape for every error message of the package, and the checks that several files share."""
 
-from typing import List, Optional, Sequence, Type, Union
+from numbers import Integral
+from typing import List, Mapping, Optional, Sequence, Type, Union
 
 import torch
 from torch import Tensor, nn
@@ -34,31 +35,51 @@ def check_tensor(function: str, name: str, value: object, *, expected: str, reme
 
 
 def check_logits(function: str, name: str, value: object, *, num_classes: Optional[int] = None) -> None:
-    """`value` must be a floating tensor N x C x H x W, with C = `num_classes` where that is given."""
+    """`value` must be a floating tensor N x C x *S, S any number of spatial dimensions, with C = `num_classes` where given."""
     channels = "C >= 2" if num_classes is None else f"C = {num_classes}"
-    expected = f"a floating tensor (N, C, H, W) with {channels}"
-    x = check_tensor(function, name, value, expected=expected, remedy="pass the logits out of the network's output")
-    if x.dim() != 4 or not x.is_floating_point() or x.shape[1] < 2 or num_classes not in (None, x.shape[1]):
-        remedy = "pass the network's output before softmax, one channel per class"
-        if num_classes is not None and x.dim() == 4 and x.is_floating_point():
-            remedy = f"say num_classes={x.shape[1]}, or pass logits of {num_classes} classes"
-        raise problem(function, expected=f"{name}: {expected}", got=describe(x), remedy=remedy)
+    expected = f"a floating tensor (N, C, *spatial) with {channels}"
+    remedy = f"pass the logits out of the network's output{_entries(value)}"
+    x = check_tensor(function, name, value, expected=expected, remedy=remedy)
+    if x.dim() >= 3 and x.is_floating_point() and x.shape[1] >= 2 and num_classes in (None, x.shape[1]):
+        return
+    remedy = "pass the network's output before softmax, one channel per class"
+    if x.dim() >= 3 and x.is_floating_point() and x.shape[1] == 1:
+        remedy = "of one sigmoid channel make two: two_channels(x), that is torch.cat([zeros_like(x), x], 1) of logits"
+    elif num_classes is not None and x.dim() >= 3 and x.shape[-1] == num_classes:
+        order = (0, x.dim() - 1, *range(1, x.dim() - 1))
+        remedy = f"the classes are last: x.permute{order}"
+    elif num_classes is not None and x.dim() >= 3 and x.is_floating_point():
+        remedy = f"say num_classes={x.shape[1]}, or pass logits of {num_classes} classes"
+    raise problem(function, expected=f"{name}: {expected}", got=describe(x), remedy=remedy)
+
+
+def _entries(value: object) -> str:
+    """Where logits may be in what is no tensor, for a remedy.
+
+    >>> _entries({"out": 1, "aux": 2}), _entries((1, 2)), _entries(None)
+    (", for example x['out']", ', for example x[0]', '')
+    """
+    if isinstance(value, Mapping) and value:
+        return f", for example x[{next(iter(value))!r}]"
+    return ", for example x[0]" if isinstance(value, (tuple, list)) and value else ""
 
 
 def check_label(function: str, name: str, value: object, *, shape: Optional[Sequence[int]] = None) -> None:
-    """`value` must be an int64 tensor N x H x W, of the given shape where there is one."""
-    expected = f"an int64 tensor {tuple(shape) if shape is not None else '(N, H, W)'} of class indices"
+    """`value` must be an int64 tensor N x *S, of the given shape where there is one."""
+    expected = f"an int64 tensor {tuple(shape) if shape is not None else '(N, *spatial)'} of class indices"
     label = check_tensor(function, name, value, expected=expected, remedy="pass class indices as a tensor")
     if label.dtype != torch.int64:
         raise problem(function, expected=f"{name}: {expected}", got=describe(label), remedy="convert it with .long()")
-    if label.dim() != 3 or (shape is not None and tuple(label.shape) != tuple(shape)):
+    if label.dim() < 2 or (shape is not None and tuple(label.shape) != tuple(shape)):
         remedy = "drop a channel dimension with .squeeze(1), or resize the label with nearest-neighbour sampling"
         raise problem(function, expected=f"{name}: {expected}", got=describe(label), remedy=remedy)
 
 
-def check_classes(function: str, name: str, label: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Every value of `label` must be a class or `ignore_index`: a stray label must not pass for a class."""
-    stray = label[((label < 0) | (label >= num_classes)) & (label != ignore_index)]
+def check_classes(function: str, name: str, label: Tensor, num_classes: int, ignore_index: Union[int, Sequence[int]]) -> None:
+    """Every value of `label` must be a class or of `ignore_index`: a stray label must not pass for a class."""
+    stray = label[(label < 0) | (label >= num_classes)]
+    for ignored in ignore_index if isinstance(ignore_index, (tuple, list)) else (ignore_index,):
+        stray = stray[stray != ignored]
     if stray.numel():
         expected = f"{name}: classes 0..{num_classes - 1} or ignore_index={ignore_index}"
         remedy = "map the labels to training ids, or set ignore_index"
@@ -80,10 +101,10 @@ def check_owner(function: str, name: str, optimizer: torch.optim.Optimizer, net:
 
 
 def check_image(function: str, name: str, value: object) -> Tensor:
-    """`value` must be a floating tensor N x K x H x W."""
-    expected = f"{name}: a floating tensor (N, K, H, W)"
+    """`value` must be a floating tensor N x K x *S, S any number of spatial dimensions."""
+    expected = f"{name}: a floating tensor (N, K, *spatial)"
     x = check_tensor(function, name, value, expected=expected, remedy="pass a batch of images")
-    if x.dim() != 4 or not x.is_floating_point():
+    if x.dim() < 3 or not x.is_floating_point():
         raise problem(function, expected=expected, got=describe(x), remedy="pass a normalised batch of images")
     return x
 
@@ -103,10 +124,12 @@ def check_number(
         raise problem(function, expected=f"{name} {rule}", got=repr(value), remedy="choose a value in that range")
 
 
-def check_whole(function: str, name: str, value: object, *, low: int, high: Optional[int] = None) -> None:
-    """`value` must be an `int` in [low, high]."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or not low <= value <= (value if high is None else high):  # type: ignore[operator]
+def as_whole(function: str, name: str, value: object, *, low: int, high: Optional[int] = None) -> int:
+    """`value`, a whole number in [low, high] of Python's or numpy's, as an `int`."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    number = int(value) if whole else 0  # type: ignore[call-overload]  # mypy does not narrow by a variable
+    if not whole or not low <= number <= (number if high is None else high):
         limits = f">= {low}" if high is None else f"in {low}..{high}"
         remedy = "choose a whole number in that range"
         raise problem(function, expected=f"a whole number {name} {limits}", got=repr(value), remedy=remedy)
+    return number

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._check import check_choice, check_logits, check_number, check_tensor, check_whole, describe, problem
+from ._check import as_whole, check_choice, check_logits, check_number, check_tensor, describe, problem
 from ._upcast import at_least_float32
 
 SEES = ("logits", "confidence")
@@ -152,7 +152,7 @@ class MetaTemperatureNet(nn.Module):
         check_number(name, "num_classes", num_classes, low=2, rule=">= 2")
         check_number(name, "feature_channels", feature_channels, low=0, rule=">= 0")
         check_choice(name, "sees", sees, SEES)
-        check_whole(name, "kernel_size", kernel_size, low=1)
+        as_whole(name, "kernel_size", kernel_size, low=1)
         if kernel_size % 2 == 0:
             raise problem(name, expected="an odd kernel_size", got=f"{kernel_size}", remedy="use 1 or 3")
         check_number(name, "hidden_channels", hidden_channels, low=1, rule=">= 1")

@@ -6,7 +6,7 @@ from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional, Seque
 import torch
 from torch import Tensor
 
-from .._check import check_number, check_whole, problem
+from .._check import as_whole, check_number, problem
 from ..learners.networks import Network, Outputs
 from .contract import Estimate, Estimator
 from .estimators import ESTIMATORS, TYPICAL, TYPICAL_SPREAD, labelled, typical_of
@@ -108,7 +108,7 @@ def estimate_temperature(
 
     Source: shadows, the typical temperature and the rules are ours; the other estimators' papers are named with them.
     """
-    check_whole("estimate_temperature", "max_images", max_images, low=1)
+    as_whole("estimate_temperature", "max_images", max_images, low=1)
     check_number(
         "estimate_temperature", "typical", typical, low=BOUNDS[0], high=BOUNDS[1], rule=f"in {BOUNDS[0]:g}..{BOUNDS[1]:g}"
     )

@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
-from .._check import check_choice, check_whole, problem
+from .._check import as_whole, check_choice, problem
 from ..learners.networks import Network, Outputs
 from .classifiers import classifiers
 from .curves import Curves, curves_of
@@ -51,8 +51,8 @@ class Material:
         ignore_index: int = 255,
         value_range: Optional[Tuple[float, float]] = None,
     ) -> None:
-        check_whole("Material", "batch_size", batch_size, low=1)
-        check_whole("Material", "pixels", pixels, low=1)
+        as_whole("Material", "batch_size", batch_size, low=1)
+        as_whole("Material", "pixels", pixels, low=1)
         self.student, self.source, self.target, self.labelled_target = student, source, target, labelled_target
         self.outputs = Outputs() if outputs is None else outputs
         self._last = _last_layer(student, layer) if self.outputs.features_of is None else None

@@ -2,7 +2,7 @@
 
 from typing import Any, Mapping, NamedTuple, Optional, Union
 
-from .._check import check_choice, check_number, check_whole, describe, problem
+from .._check import as_whole, check_choice, check_number, describe, problem
 from ..engines import ENGINES
 from ..learners import JUDGED_SETS, LEARNERS
 from ..losses import OUTER_LOSSES
@@ -118,7 +118,7 @@ def _check_numbers(name: str, options: HostOptions) -> None:
         ("hidden_channels", options.hidden_channels, 1),
         ("seed", options.seed, 0),
     ):
-        check_whole(name, key, value, low=low)
+        as_whole(name, key, value, low=low)
     numbers = {key: getattr(options, key) for key in ("initial_temperature", "max_ratio")}
     numbers["meta_lr"] = options.learning_rate
     if options.clip_norm is not None:

@@ -6,7 +6,7 @@ from typing import Any, Mapping, Optional, Tuple
 import torch
 from torch import Tensor
 
-from .._check import check_image, check_label, check_whole, problem
+from .._check import as_whole, check_image, check_label, problem
 from .._upcast import at_least_float32
 from ..held_out import Fingerprints, check_apart
 from ..shadows import Look, shadows
@@ -59,7 +59,7 @@ class ShadowSet:
         check_label("ShadowSet", "label", label, shape=(len(x), *x.shape[-2:]))
         if not len(x):
             raise problem("ShadowSet", expected="at least one held-out image", got="none", remedy="keep some back")
-        check_whole("ShadowSet", "count", count, low=1)
+        as_whole("ShadowSet", "count", count, low=1)
         if not (isinstance(strength, (tuple, list)) and len(strength) == 2 and 0 <= strength[0] <= strength[1] < math.inf):
             remedy = "pass the weakest and the strongest look, for example (0.5, 1.5)"
             raise problem("ShadowSet", expected="strength: (low, high), 0 <= low <= high", got=repr(strength), remedy=remedy)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._check import check_whole, describe, problem
+from .._check import as_whole, describe, problem
 from .arrays import Array, as_tensor
 
 
@@ -27,7 +27,7 @@ def boundary_mask(target: Array, width: int, *, ignore_index: int = 255) -> Tens
 
     Source: the boundary regions of Ding et al., Local Temperature Scaling for Probability Calibration (ICCV 2021, section 4).
     """
-    check_whole("boundary_mask", "width", width, low=1)
+    as_whole("boundary_mask", "width", width, low=1)
     label = as_tensor("boundary_mask", "target", target)
     if label.is_floating_point() or label.dtype == torch.bool or label.dim() != 3:
         expected = "target: an integer array (N, H, W)"

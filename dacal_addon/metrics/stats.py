@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._check import check_choice, check_number, check_whole, describe, problem
+from .._check import as_whole, check_choice, check_number, describe, problem
 from ..ranks import Ranks
 from . import ordered, smooth
 from . import totals as _totals
@@ -91,11 +91,11 @@ class CalibrationStats:
         compile: bool = False,
     ) -> None:
         name = "CalibrationStats"
-        check_whole(name, "num_classes", num_classes, low=2, high=_MOST_CLASSES)
+        as_whole(name, "num_classes", num_classes, low=2, high=_MOST_CLASSES)
         check_choice(name, "input", input, INPUTS)
-        check_whole(name, "n_bins", n_bins, low=1, high=_MOST_BINS)
-        check_whole(name, "ignore_index", ignore_index, low=-(1 << 52), high=1 << 52)
-        check_whole(name, "fine_bins", fine_bins, low=1)
+        as_whole(name, "n_bins", n_bins, low=1, high=_MOST_BINS)
+        as_whole(name, "ignore_index", ignore_index, low=-(1 << 52), high=1 << 52)
+        as_whole(name, "fine_bins", fine_bins, low=1)
         if fine_bins not in {1 << power for power in range(8, 17)}:
             remedy = "take 4096, or more for many classes"
             raise problem(name, expected="fine_bins: a power of two from 256 to 65536", got=repr(fine_bins), remedy=remedy)
@@ -405,7 +405,7 @@ class CalibrationStats:
             cells, grid = self._cells(self._totals), self._grid
             bins = self._bins(self._totals, binning)
         else:
-            check_whole("reliability", "of_class", of_class, low=0, high=self.num_classes - 1)
+            as_whole("reliability", "of_class", of_class, low=0, high=self.num_classes - 1)
             bins = self._class_bins(of_class, binning)
             cells, grid = self._class_cells(of_class), self._class_grid
         edges = np.arange(self._settings.n_bins + 1) / self._settings.n_bins
@@ -444,7 +444,7 @@ class CalibrationStats:
         Source: Efron (Annals of Statistics 1979).
         """
         self._need_images("bootstrap")
-        check_whole("bootstrap", "replicates", replicates, low=1)
+        as_whole("bootstrap", "replicates", replicates, low=1)
         check_number("bootstrap", "level", level, low=0.0, high=1.0, rule="in 0..1")
         if isinstance(metric, str):
             check_choice("bootstrap", "metric", metric, _BOOTSTRAPPED)

@@ -1,0 +1,56 @@
+"""Labels that do not count: one, or several; they may be classes too."""
+
+from typing import Sequence, Tuple, Union
+
+import torch
+from torch import Tensor
+
+from ._check import as_whole, problem
+
+IgnoreIndex = Union[int, Sequence[int]]
+"""The label, or the labels, of pixels that neither train nor judge."""
+# Labels are compared as float64 by the metrics, which is exact up to here.
+_FURTHEST = 1 << 52
+
+
+def ignored_labels(function: str, ignore_index: IgnoreIndex) -> Tuple[int, ...]:
+    """The labels as a tuple, each once, in their order.
+
+    Raises:
+        ValueError: no label, one that is no whole number, one beyond 2^52.
+
+    Example:
+        >>> ignored_labels("f", 255), ignored_labels("f", [0, 255, 0])
+        ((255,), (0, 255))
+    """
+    several = ignore_index if isinstance(ignore_index, (tuple, list)) else (ignore_index,)
+    if not several:
+        remedy = "pass a label that does not occur, such as 255, where every pixel counts"
+        raise problem(function, expected="ignore_index: a label or several", got="none", remedy=remedy)
+    labels = [as_whole(function, "ignore_index", label, low=-_FURTHEST, high=_FURTHEST) for label in several]
+    return tuple(dict.fromkeys(labels))
+
+
+def is_ignored(label: Tensor, ignore_index: IgnoreIndex) -> Tensor:
+    """Where the label is one of `ignore_index`: bool, of the label's shape.
+
+    Example:
+        >>> is_ignored(torch.tensor([0, 1, 255]), (0, 255)).tolist()
+        [True, False, True]
+    """
+    if isinstance(ignore_index, (tuple, list)):
+        found = torch.zeros_like(label, dtype=torch.bool)
+        for one in ignore_index:
+            found |= label == one
+        return found
+    return label.eq(ignore_index)
+
+
+def void_label(ignore_index: IgnoreIndex) -> int:
+    """What to write where a label shall not count: the last of `ignore_index`.
+
+    Example:
+        >>> void_label((0, 255))
+        255
+    """
+    return int(ignore_index[-1]) if isinstance(ignore_index, (tuple, list)) else int(ignore_index)  # type: ignore[arg-type]
