@@ -43,7 +43,7 @@ def is_ignored(label: Tensor, ignore_index: IgnoreIndex) -> Tensor:
         for one in ignore_index:
             found |= label == one
         return found
-    return label.eq(ignore_index)
+    return label.eq(void_label(ignore_index))
 
 
 def void_label(ignore_index: IgnoreIndex) -> int:
