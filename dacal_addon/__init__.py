@@ -9,6 +9,7 @@ on source images that are `held_out`, in the target's look (`shadows`).
 from .engines import Hypergradient, hypergradient
 from .learners import BilevelCalibrationStep, CalibrationStepResult, Skip, SkipKind, TemperatureFit
 from .losses import soft_cross_entropy
+from .one_channel import two_channels
 from .pseudo_labels import SoftPseudoLabeler, SoftPseudoLabels
 from .self_training import DACal, MixedBatch
 from .temperature import MetaTemperatureNet
@@ -27,5 +28,6 @@ __all__ = [
     "TemperatureFit",
     "hypergradient",
     "soft_cross_entropy",
+    "two_channels",
 ]
 __version__ = "0.1.0"

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from ._check import problem
+from .ignoring import IgnoreIndex, is_ignored
 
 
 def hold_out(
@@ -49,7 +50,7 @@ class Fingerprints:
     """Tells whether a label map is one of those that were kept back. Cropped or flipped ones cannot be told.
 
     Args:
-        label: the maps (H, W) that were kept back, of any integer kind.
+        label: the maps (*S) that were kept back, of any integer kind.
 
     Example:
         >>> kept_back = torch.tensor([[[0, 1], [2, 3]]])
@@ -61,18 +62,18 @@ class Fingerprints:
         self._known = {_fingerprint(x) for x in label}
         self._shapes = {tuple(x.shape) for x in label}  # crops of another size need no look at their pixels
 
-    def among(self, label: Tensor, *, ignore_index: int) -> List[int]:
-        """Which of the label maps (N, H, W) are. One of a single class, beside `ignore_index`, is nobody's own: never."""
+    def among(self, label: Tensor, *, ignore_index: IgnoreIndex) -> List[int]:
+        """Which of the label maps (N, *S) are. One of a single class, beside `ignore_index`, is nobody's own: never."""
         if tuple(label.shape[1:]) not in self._shapes:
             return []
         return [i for i, x in enumerate(label) if _fingerprint(x) in self._known and _tells(x, ignore_index)]
 
 
-def check_apart(function: str, known: Fingerprints, label: Tensor, *, ignore_index: int) -> None:
+def check_apart(function: str, known: Fingerprints, label: Tensor, *, ignore_index: IgnoreIndex) -> None:
     """Raise where a training batch has an image that was kept back.
 
     Args:
-        label: (N, H, W), of the batch.
+        label: (N, *S), of the batch.
 
     Raises:
         ValueError: naming the image.
@@ -87,8 +88,8 @@ def check_apart(function: str, known: Fingerprints, label: Tensor, *, ignore_ind
         )
 
 
-def _tells(label: Tensor, ignore_index: int) -> bool:
-    judged = label[label != ignore_index]
+def _tells(label: Tensor, ignore_index: IgnoreIndex) -> bool:
+    judged = label[~is_ignored(label, ignore_index)]
     return bool((judged != judged[:1]).any())
 
 

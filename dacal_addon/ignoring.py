@@ -1,6 +1,6 @@
 """Labels that do not count: one, or several; they may be classes too."""
 
-from typing import Sequence, Tuple, Union
+from typing import Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ IgnoreIndex = Union[int, Sequence[int]]
 """The label, or the labels, of pixels that neither train nor judge."""
 # Labels are compared as float64 by the metrics, which is exact up to here.
 _FURTHEST = 1 << 52
+_VOID = 255
 
 
 def ignored_labels(function: str, ignore_index: IgnoreIndex) -> Tuple[int, ...]:
@@ -54,3 +55,35 @@ def void_label(ignore_index: IgnoreIndex) -> int:
         255
     """
     return int(ignore_index[-1]) if isinstance(ignore_index, (tuple, list)) else int(ignore_index)  # type: ignore[arg-type]
+
+
+def with_one_void(label: Tensor, ignore_index: IgnoreIndex) -> Tensor:
+    """The label with `void_label` wherever it is one of several: for losses that know one label that does not count.
+
+    Example:
+        >>> with_one_void(torch.tensor([0, 1, 255]), (0, 255)).tolist()
+        [255, 1, 255]
+    """
+    if not isinstance(ignore_index, (tuple, list)):
+        return label
+    return label.masked_fill(is_ignored(label, ignore_index), void_label(ignore_index))
+
+
+def ignored_or_255(function: str, ignore_index: Optional[IgnoreIndex], num_classes: Optional[int] = None) -> IgnoreIndex:
+    """What was given, checked, or where nothing was 255, unless that is a class: then it must be said.
+
+    Raises:
+        ValueError: no labels; more than 255 classes, and nothing given.
+
+    Example:
+        >>> ignored_or_255("f", None), ignored_or_255("f", [0]), ignored_or_255("f", (0, 255))
+        (255, 0, (0, 255))
+    """
+    if ignore_index is not None:
+        labels = ignored_labels(function, ignore_index)
+        return labels if len(labels) > 1 else labels[0]
+    if num_classes is not None and num_classes > _VOID:
+        remedy = f"pass ignore_index={_VOID} if class {_VOID} is not to count, else a label that does not occur, such as -1"
+        expected = f"ignore_index to be given with {num_classes} classes, of which {_VOID} is one"
+        raise problem(function, expected=expected, got="none", remedy=remedy)
+    return _VOID

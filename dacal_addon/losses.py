@@ -1,24 +1,32 @@
-"""The losses: soft cross-entropy trains the student, and the outer losses judge what it (or the teacher) says."""
+"""The losses: soft cross-entropy trains the student, and the outer losses judge what it (or the teacher) says.
+
+`*S` stands for any number of spatial dimensions: H, W of pictures, D, H, W of volumes.
+"""
 
 from functools import partial
-from typing import Dict, Optional, Protocol
+from typing import Dict, Optional, Protocol, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._check import check_label, check_logits, check_number, check_tensor, describe, problem
+from ._check import as_whole, check_label, check_logits, check_number, check_tensor, describe, problem
+from ._resize import MODES
 from ._upcast import at_least_float32
+from .ignoring import IgnoreIndex, ignored_labels, is_ignored, void_label, with_one_void
 
 
 class InnerLoss(Protocol):
-    """What trains the student on mixed images: logits and soft labels (N, C, H, W), weights (N, H, W) -> scalar."""
+    """What trains the student on mixed images: logits and soft labels (N, C, *S), weights (N, *S) -> scalar."""
 
     def __call__(self, logits: Tensor, soft_label: Tensor, weight: Tensor, /) -> Tensor: ...
 
 
 class OuterLoss(Protocol):
-    """How a judged set is judged: logits (N, C, H, W), labels and weights (N, H, W) -> scalar. `OUTER_LOSSES` has some."""
+    """How a judged set is judged: logits (N, C, *S), labels and weights (N, *S) -> scalar. `OUTER_LOSSES` has some.
+
+    A learner writes one label wherever a pixel is not judged, and passes that one.
+    """
 
     def __call__(
         self, logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, ignore_index: int = 255
@@ -34,9 +42,9 @@ def soft_cross_entropy(logits: Tensor, soft_label: Tensor, weight: Optional[Tens
     `F.cross_entropy(..., ignore_index=...)`; without any labelled pixel it is 0, where that is NaN.
 
     Args:
-        logits: (N, C, H, W), floating; half precision is upcast to float32.
-        soft_label: (N, C, H, W), floating, >= 0, sums to 1 over C or is all zeros.
-        weight: (N, H, W), floating, >= 0; None for 1 everywhere.
+        logits: (N, C, *S), floating; half precision is upcast to float32.
+        soft_label: (N, C, *S), floating, >= 0, sums to 1 over C or is all zeros.
+        weight: (N, *S), floating, >= 0; None for 1 everywhere.
 
     Returns:
         A scalar. Gradient flows to `logits`, `soft_label` (that is how the temperature net learns) and `weight`.
@@ -54,8 +62,8 @@ def soft_cross_entropy(logits: Tensor, soft_label: Tensor, weight: Optional[Tens
     check_logits("soft_cross_entropy", "logits", logits)
     expected = f"soft_label: a floating tensor {tuple(logits.shape)} like the logits"
     y = check_tensor("soft_cross_entropy", "soft_label", soft_label, expected=expected, remedy="see one_hot and mix")
-    if y.dim() == 4:
-        _check_size("soft_cross_entropy", logits, y)
+    if y.dim() == logits.dim():
+        check_resolution("soft_cross_entropy", logits, (len(y), *y.shape[2:]))
     if y.shape != logits.shape or not y.is_floating_point():
         remedy = "make hard labels soft with one_hot"
         raise problem("soft_cross_entropy", expected=expected, got=describe(y), remedy=remedy)
@@ -66,15 +74,16 @@ def soft_cross_entropy(logits: Tensor, soft_label: Tensor, weight: Optional[Tens
     return _mean_over(labelled, loss, _checked_weight("soft_cross_entropy", weight, loss))
 
 
-def cross_entropy(logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, ignore_index: int = 255) -> Tensor:
-    """Outer loss: mean of weight * cross-entropy over the pixels whose label is not `ignore_index`.
+def cross_entropy(logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, ignore_index: IgnoreIndex = 255) -> Tensor:
+    """Outer loss: mean of weight * cross-entropy over the pixels whose label is not of `ignore_index`.
 
     `soft_cross_entropy` for hard labels, with the same mean.
 
     Args:
-        logits: (N, C, H, W), floating, at the resolution of the labels.
-        label: (N, H, W) int64, `ignore_index` (also a class) where not judged.
-        weight: (N, H, W), floating, >= 0; None for 1 everywhere.
+        logits: (N, C, *S), floating, at the resolution of the labels.
+        label: (N, *S) int64, of `ignore_index` where not judged.
+        weight: (N, *S), floating, >= 0; None for 1 everywhere.
+        ignore_index: one label or several; they may be classes.
 
     Example:
         >>> logits = torch.zeros(1, 4, 1, 2)
@@ -83,11 +92,13 @@ def cross_entropy(logits: Tensor, label: Tensor, weight: Optional[Tensor] = None
     """
     check_logits("cross_entropy", "logits", logits)
     _check_label("cross_entropy", logits, label)
-    loss = F.cross_entropy(at_least_float32(logits), label, ignore_index=ignore_index, reduction="none")
-    return _mean_over(label != ignore_index, loss, _checked_weight("cross_entropy", weight, loss))
+    ignored = ignored_labels("cross_entropy", ignore_index)
+    label, void = with_one_void(label, ignored), void_label(ignored)
+    loss = F.cross_entropy(at_least_float32(logits), label, ignore_index=void, reduction="none")
+    return _mean_over(label != void, loss, _checked_weight("cross_entropy", weight, loss))
 
 
-def brier(logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, ignore_index: int = 255) -> Tensor:
+def brier(logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, ignore_index: IgnoreIndex = 255) -> Tensor:
     """Outer loss: mean of weight * |softmax - one-hot label|^2 over the judged pixels.
 
     Proper as cross-entropy is, but a pixel costs at most 2: labels that are themselves wrong now and then weigh less.
@@ -102,14 +113,14 @@ def brier(logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, ign
     """
     check_logits("brier", "logits", logits)
     _check_label("brier", logits, label)
-    judged = label != ignore_index
+    judged = ~is_ignored(label, ignored_labels("brier", ignore_index))
     p = F.softmax(at_least_float32(logits), dim=1)
     of_label = p.gather(1, label.masked_fill(~judged, 0).unsqueeze(1))[:, 0]
     return _mean_over(judged, p.pow(2).sum(1) - 2 * of_label + 1, _checked_weight("brier", weight, of_label))
 
 
 def calibration_gap(
-    logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, n_bins: int = 15, ignore_index: int = 255
+    logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, n_bins: int = 15, ignore_index: IgnoreIndex = 255
 ) -> Tensor:
     """Outer loss: the squared, binned calibration error with a gradient, sum_b share_b * (confidence_b - accuracy_b)^2.
 
@@ -118,10 +129,11 @@ def calibration_gap(
     label?) is a constant; the gradient reaches the logits through the confidences and the bin shares.
 
     Args:
-        logits: (N, C, H, W), floating.
-        label: (N, H, W) int64, `ignore_index` where not judged.
-        weight: (N, H, W), floating, >= 0: how much a pixel counts; None for 1 everywhere.
+        logits: (N, C, *S), floating.
+        label: (N, *S) int64, of `ignore_index` where not judged.
+        weight: (N, *S), floating, >= 0: how much a pixel counts; None for 1 everywhere.
         n_bins: number of bins, >= 1.
+        ignore_index: one label or several; they may be classes.
 
     Returns:
         A scalar in 0..1. 0 without any judged pixel.
@@ -136,9 +148,10 @@ def calibration_gap(
     Source: the l2 calibration error of Kumar et al. (NeurIPS 2019), with soft bins after Karandikar et al. (NeurIPS 2021).
     """
     check_logits("calibration_gap", "logits", logits)
-    check_number("calibration_gap", "n_bins", n_bins, low=1, rule=">= 1")
+    n_bins = as_whole("calibration_gap", "n_bins", n_bins, low=1)
     _check_label("calibration_gap", logits, label)
-    judged = (label != ignore_index).to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    counted = ~is_ignored(label, ignored_labels("calibration_gap", ignore_index))
+    judged = counted.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     weight = _checked_weight("calibration_gap", weight, judged)
     mass = (judged if weight is None else judged * weight).flatten()
     # max, not amax: amax shares the gradient among equal maxima, and argmax says which one is judged.
@@ -169,9 +182,11 @@ class CrossEntropyAndGap:
     def __init__(self, *, gap_weight: float = 10.0, n_bins: int = 15) -> None:
         check_number("CrossEntropyAndGap", "gap_weight", gap_weight, low=0.0, rule=">= 0")
         self.gap_weight = gap_weight
-        self.n_bins = n_bins
+        self.n_bins = as_whole("CrossEntropyAndGap", "n_bins", n_bins, low=1)
 
-    def __call__(self, logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, ignore_index: int = 255) -> Tensor:
+    def __call__(
+        self, logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, ignore_index: IgnoreIndex = 255
+    ) -> Tensor:
         gap = calibration_gap(logits, label, weight, n_bins=self.n_bins, ignore_index=ignore_index)
         return cross_entropy(logits, label, weight, ignore_index=ignore_index) + self.gap_weight * gap
 
@@ -200,17 +215,24 @@ def is_mean_over_labelled(loss: OuterLoss) -> bool:
 
 def _check_label(function: str, logits: Tensor, label: object) -> None:
     check_label(function, "label", label)
-    _check_size(function, logits, label)  # type: ignore[arg-type]  # it is a tensor
+    check_resolution(function, logits, label.shape)  # type: ignore[attr-defined]  # it is a tensor
 
 
-def _check_size(function: str, logits: Tensor, label: Tensor) -> None:
-    n, h, w = label.shape[0], *label.shape[-2:]
-    if (n, h, w) != (logits.shape[0], *logits.shape[-2:]):
-        remedy = "pass logits and label of the same images"
-        if n == logits.shape[0]:
-            remedy = f"interpolate them: F.interpolate(logits, size={(h, w)}, mode='bilinear', align_corners=False)"
-        expected = f"logits at the resolution of the label, {(n, 'C', h, w)}"
-        raise problem(function, expected=expected, got=describe(logits), remedy=remedy)
+def check_resolution(function: str, logits: Tensor, labelled: Sequence[int]) -> None:
+    """`logits` must be at the resolution of labels of the size `labelled`, (N, *S): what is to be resized are the logits."""
+    n, *size = labelled
+    if (n, *size) == (len(logits), *logits.shape[2:]):
+        return
+    remedy = "pass logits and label of the same images"
+    if n == len(logits) and size == list(logits.shape[1:-1]):
+        remedy = f"the classes are last: logits.permute{(0, logits.dim() - 1, *range(1, logits.dim() - 1))}"
+    elif n == len(logits) and len(size) == logits.dim() - 2 and len(size) in MODES:
+        how = f"size={tuple(size)}, mode={MODES[len(size)]!r}, align_corners=False"
+        remedy = f"interpolate the logits, not the label: F.interpolate(logits, {how})"
+    elif len(size) == logits.dim() - 1 and size[0] == 1:
+        remedy = "drop the label's channel dimension: label.squeeze(1)"
+    expected = f"logits at the resolution of the label, {(n, 'C', *size)}"
+    raise problem(function, expected=expected, got=describe(logits), remedy=remedy)
 
 
 def _checked_weight(function: str, weight: Optional[Tensor], like: Tensor) -> Optional[Tensor]:

@@ -1,32 +1,37 @@
 """Domain mixing: which pixels of a mixed image come from the source, and the mixing itself.
 
-A mask is bool (N, 1, H, W), True where the pixel is the source's; `complement` is the same cut with the sides swapped.
+A mask is bool (N, 1, *S), True where the pixel is the source's; `complement` is the same cut with the sides swapped. `*S`
+stands for any number of spatial dimensions: H, W of pictures, D, H, W of volumes.
 """
 
 import math
-from typing import Optional, Sequence, Tuple, Union
+from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
 
-from ._check import check_choice, check_label, check_number, check_tensor, describe, problem
+from ._check import as_whole, check_choice, check_label, check_number, check_tensor, describe, problem
+from .ignoring import IgnoreIndex, ignored_labels, is_ignored, void_label
 from .pseudo_labels import one_hot
 
 SCOPES = ("image", "batch")
 
 
-def class_mask(source_label: Tensor, *, generator: torch.Generator, scope: str = "image", ignore_index: int = 255) -> Tensor:
+def class_mask(
+    source_label: Tensor, *, generator: torch.Generator, scope: str = "image", ignore_index: IgnoreIndex = 255
+) -> Tensor:
     """ClassMix: the pixels of half of the source classes (rounded up), chosen at random for each image.
 
     Args:
-        source_label: (N, H, W) int64.
+        source_label: (N, *S) int64.
         generator: the only source of randomness; may live on another device than the labels.
         scope: where an image's classes are chosen from. "image": those present in it. "batch": those present anywhere in
             the batch, as DACS and DAFormer do; with several images a mask may then hold few pixels or none.
-        ignore_index: never chosen (DAFormer, which does choose it, pastes unlabelled source pixels into the target).
+        ignore_index: one label or several, never chosen (DAFormer, which does choose it, pastes unlabelled source pixels into
+            the target).
 
     Returns:
-        (N, 1, H, W) bool, True = source pixel.
+        (N, 1, *S) bool, True = source pixel.
 
     Example:
         >>> label = torch.tensor([[[0, 0, 1], [2, 255, 3]]])
@@ -38,18 +43,19 @@ def class_mask(source_label: Tensor, *, generator: torch.Generator, scope: str =
     """
     check_label("class_mask", "source_label", source_label)
     check_choice("class_mask", "scope", scope, SCOPES)
+    ignored = ignored_labels("class_mask", ignore_index)
     masks = []
     for label in source_label:
         classes = (label if scope == "image" else source_label).unique()
-        classes = classes[classes != ignore_index]
+        classes = classes[~is_ignored(classes, ignored)]
         order = torch.randperm(len(classes), generator=generator, device=generator.device).to(classes.device)
         chosen = classes[order[: (len(classes) + 1) // 2]]
-        masks.append((label.unsqueeze(0) == chosen.view(-1, 1, 1)).any(0, keepdim=True))
+        masks.append((label.unsqueeze(0) == chosen.view(-1, *[1] * label.dim())).any(0, keepdim=True))
     return torch.stack(masks)
 
 
 def cut_mask(
-    size: Tuple[int, int, int],
+    size: Sequence[int],
     *,
     generator: torch.Generator,
     share: Tuple[float, float] = (0.25, 0.75),
@@ -58,13 +64,13 @@ def cut_mask(
     """CutMix: one box of source pixels an image, its share of the area, aspect and place drawn at random.
 
     Args:
-        size: (N, H, W) of the labels.
+        size: (N, *S) of the labels, S of at least one spatial dimension.
         generator: the only source of randomness.
-        share: the box's share of the image's area is uniform in this range, within 0..1 (up to rounding to pixels).
+        share: the box's share of the image's area (or volume) is uniform in this range, within 0..1 (up to rounding to pixels).
         device: of the mask.
 
     Returns:
-        (N, 1, H, W) bool, True = source pixel. The box lies wholly inside the image.
+        (N, 1, *S) bool, True = source pixel. The box lies wholly inside the image.
 
     Example:
         >>> mask = cut_mask((2, 8, 8), generator=torch.Generator().manual_seed(0), share=(0.5, 0.5))
@@ -73,21 +79,39 @@ def cut_mask(
 
     Source: CutMix (Yun et al., ICCV 2019), for segmentation French et al. (BMVC 2020).
     """
-    n, height, width = size
-    for name, value in zip("NHW", size):
-        check_number("cut_mask", f"{name} of size", value, low=1, rule=">= 1")
+    if len(size) < 2:
+        remedy = "pass the size of the labels: label.shape"
+        raise problem("cut_mask", expected="size: (N, *spatial), of two entries at least", got=repr(tuple(size)), remedy=remedy)
+    n, *spatial = (as_whole("cut_mask", f"size[{i}]", value, low=1) for i, value in enumerate(size))
     check_number("cut_mask", "share[0]", share[0], low=0.0, high=1.0, rule="in [0, 1]")
     check_number("cut_mask", "share[1]", share[1], low=share[0], high=1.0, rule="in [share[0], 1]")
-    u = torch.rand(n, 4, generator=generator, device=generator.device, dtype=torch.float64).cpu()
-    mask = torch.zeros(n, 1, height, width, dtype=torch.bool)
-    for i, (area, aspect, top, left) in enumerate(u.tolist()):
-        area = share[0] + area * (share[1] - share[0])
-        # The box's relative height runs from `area` (full width) to 1 (full height), uniformly in its logarithm.
-        tall = area ** (1 - aspect) if area > 0 else 0.0
-        rows, columns = round(height * tall), round(width * area / tall) if tall else 0
-        y, x = math.floor(top * (height - rows + 1)), math.floor(left * (width - columns + 1))
-        mask[i, 0, y : y + rows, x : x + columns] = True
+    d = len(spatial)
+    u = torch.rand(n, 2 * d, generator=generator, device=generator.device, dtype=torch.float64).cpu()
+    mask = torch.zeros(n, 1, *spatial, dtype=torch.bool)
+    for i, (area, *aspects_and_place) in enumerate(u.tolist()):
+        box = _box(spatial, share[0] + area * (share[1] - share[0]), aspects_and_place[: d - 1])
+        corner = (math.floor(x * (side - cut + 1)) for x, side, cut in zip(aspects_and_place[d - 1 :], spatial, box))
+        mask[i, 0][tuple(slice(start, start + cut) for start, cut in zip(corner, box))] = True
     return mask.to(device)
+
+
+def _box(spatial: Sequence[int], area: float, aspects: Sequence[float]) -> List[int]:
+    """The sides of a box with that share of the image.
+
+    The logarithm of the share is cut at `aspects` into those of the sides, uniformly: each relative side runs from the share
+    (all others are full) to 1.
+
+    >>> _box((10, 10), 0.25, [0.5]), _box((10, 10), 0.25, [1.0]), _box((10, 10, 10), 0.125, [1 / 3, 2 / 3])
+    ([5, 5], [10, 2], [5, 5, 5])
+    """
+    if area <= 0:
+        return [0] * len(spatial)
+    cuts = [1.0, *sorted(aspects, reverse=True)]
+    relative = [area ** (high - low) for high, low in zip(cuts, cuts[1:])]
+    last = spatial[-1] * area
+    for side in relative:
+        last /= side
+    return [*(round(size * side) for size, side in zip(spatial, relative)), round(last)]
 
 
 def complement(mask: Tensor) -> Tensor:
@@ -101,21 +125,21 @@ def complement(mask: Tensor) -> Tensor:
     return ~mask
 
 
-def mix(mask: Tensor, source: Tensor, target: Tensor, *, ignore_index: int = 255) -> Tensor:
+def mix(mask: Tensor, source: Tensor, target: Tensor, *, ignore_index: IgnoreIndex = 255) -> Tensor:
     """`source` where the mask is True, `target` elsewhere: every pixel comes from exactly one side, bit for bit.
 
     Args:
-        mask: (N, 1, H, W) bool.
-        source, target: both images or soft labels (N, K, H, W), both hard labels or weights (N, H, W), or one hard label
-            (N, H, W) int64 and one soft label (N, C, H, W): the hard one then becomes one-hot, all zeros where it is
+        mask: (N, 1, *S) bool; its number of dimensions tells hard labels from soft ones.
+        source, target: both images or soft labels (N, K, *S), both hard labels or weights (N, *S), or one hard label
+            (N, *S) int64 and one soft label (N, C, *S): the hard one then becomes one-hot, all zeros where it is of
             `ignore_index`.
-        ignore_index: of hard labels that become one-hot.
+        ignore_index: of hard labels that become one-hot; one or several.
 
     Returns:
         A tensor like the inputs (the soft one, where they differ). Gradient flows to both sides.
 
     Raises:
-        ValueError, TypeError: a mask that is not bool (N, 1, H, W), sides that do not fit it or each other.
+        ValueError, TypeError: a mask that is not bool (N, 1, *S), sides that do not fit it or each other.
 
     Example:
         >>> mask = torch.tensor([True, False]).view(1, 1, 1, 2)
@@ -125,21 +149,24 @@ def mix(mask: Tensor, source: Tensor, target: Tensor, *, ignore_index: int = 255
     """
     check_mask("mix", mask)
     for name, side in (("source", source), ("target", target)):
-        expected = f"{name}: (N, K, H, W) or (N, H, W) with the mask's N, H, W = {_pixels(mask)}"
+        n, size = len(mask), tuple(mask.shape[2:])
+        expected = f"{name}: (N, K, *spatial) or (N, *spatial) with the mask's N, *spatial = {(n, *size)}"
         check_tensor("mix", name, side, expected=expected, remedy="pass tensors")
-        if side.dim() not in (3, 4) or _pixels(side) != _pixels(mask):
-            raise problem("mix", expected=expected, got=describe(side), remedy="resize or batch it like the mask")
+        remedy = "batch it like the mask; logits of a lower resolution are interpolated before they are labelled"
+        shape = tuple(side.shape)
+        if shape != (n, *size) and (side.dim() != mask.dim() or (shape[0], *shape[2:]) != (n, *size)):
+            raise problem("mix", expected=expected, got=describe(side), remedy=remedy)
     if source.dim() != target.dim():
-        hard, soft = (source, target) if source.dim() == 3 else (target, source)
+        hard, soft = (target, source) if source.dim() == mask.dim() else (source, target)
         check_label("mix", "the hard label beside a soft one", hard)
         encoded = one_hot(hard, soft.shape[1], ignore_index=ignore_index).to(soft.dtype)
-        source, target = (encoded, soft) if source.dim() == 3 else (soft, encoded)
+        source, target = (soft, encoded) if source.dim() == mask.dim() else (encoded, soft)
     if source.shape != target.shape or source.dtype != target.dtype:
         expected = "source and target of one shape and dtype"
         got = f"{describe(source)} and {describe(target)}"
         raise problem("mix", expected=expected, got=got, remedy="convert one of them with .to(...)")
     # where, not mask * a + (1 - mask) * b: that turns a NaN or an infinity of one side into a NaN of the other.
-    return torch.where(mask if source.dim() == 4 else mask[:, 0], source, target)
+    return torch.where(mask if source.dim() == mask.dim() else mask[:, 0], source, target)
 
 
 def blend_pairs(
@@ -149,17 +176,17 @@ def blend_pairs(
     generator: torch.Generator,
     share: float = 0.65,
     differing: bool = False,
-    ignore_index: int = 255,
+    ignore_index: IgnoreIndex = 255,
 ) -> Tuple[Tensor, Tensor]:
     """Blend each image with another one of the batch, `share` to 1 - `share`; the label is the dominant image's.
 
     Args:
-        image: (N, K, H, W) floating, N >= 2.
-        label: (N, H, W) int64, `ignore_index` where unlabelled.
+        image: (N, K, *S) floating, N >= 2.
+        label: (N, *S) int64, of `ignore_index` where unlabelled.
         generator: draws by how many places the batch is rotated, 1..N-1: no image meets itself.
         share: of the dominant image, in 0..1.
-        differing: keep only pixels whose two labels are known and differ, `ignore_index` elsewhere: PseudoCal's
-            cross-cluster rule. A pixel whose two images agree is easier than any pixel of either.
+        differing: keep only pixels whose two labels are known and differ, the last of `ignore_index` elsewhere:
+            PseudoCal's cross-cluster rule. A pixel whose two images agree is easier than any pixel of either.
 
     Returns:
         The blended images and their labels, of the shapes of the inputs.
@@ -175,7 +202,7 @@ def blend_pairs(
 
     Source: mixup (Zhang et al., ICLR 2018); PseudoCal (Hu et al., ICML 2024) for hard labels and the rule.
     """
-    n = image.shape[0]
+    n, ignored = image.shape[0], ignored_labels("blend_pairs", ignore_index)
     if n < 2:
         raise problem("blend_pairs", expected="at least 2 images", got=f"{n}", remedy="use a larger batch")
     check_number("blend_pairs", "share", share, low=0.0, high=1.0, rule="in [0, 1]")
@@ -184,19 +211,15 @@ def blend_pairs(
     if not differing:
         return blended, label
     other = label.roll(shift, 0)
-    return blended, label.masked_fill((label == other) | (other == ignore_index), ignore_index)
+    return blended, label.masked_fill((label == other) | is_ignored(other, ignored), void_label(ignored))
 
 
-def _pixels(tensor: Tensor) -> Sequence[int]:
-    return (tensor.shape[0], *tensor.shape[-2:])
-
-
-def check_mask(function: str, mask: object, *, size: Optional[Tuple[int, int, int]] = None) -> None:
-    """`mask` must be a bool tensor (N, 1, H, W), of the size (N, H, W) where one is given."""
-    expected = "mask: a bool tensor (N, 1, H, W), True = source pixel"
+def check_mask(function: str, mask: object, *, size: Optional[Sequence[int]] = None) -> None:
+    """`mask` must be a bool tensor (N, 1, *S), of the size (N, *S) where one is given."""
+    expected = "mask: a bool tensor (N, 1, *spatial), True = source pixel"
     x = check_tensor(function, "mask", mask, expected=expected, remedy="use class_mask or cut_mask")
-    if x.dtype != torch.bool or x.dim() != 4 or x.shape[1] != 1:
+    if x.dtype != torch.bool or x.dim() < 3 or x.shape[1] != 1:
         raise problem(function, expected=expected, got=describe(x), remedy="use class_mask or cut_mask, or mask > 0.5")
-    if size is not None and tuple(_pixels(x)) != tuple(size):
-        n, h, w = size
-        raise problem(function, expected=f"mask: a bool tensor {(n, 1, h, w)}", got=describe(x), remedy="draw it for the label")
+    if size is not None and tuple(x.shape) != (size[0], 1, *size[1:]):
+        expected = f"mask: a bool tensor {(size[0], 1, *size[1:])}"
+        raise problem(function, expected=expected, got=describe(x), remedy="draw it for the label")

@@ -1,4 +1,7 @@
-"""From the teacher's logits and temperatures to what the student is taught: soft labels, hard labels, pixel weights."""
+"""From the teacher's logits and temperatures to what the student is taught: soft labels, hard labels, pixel weights.
+
+`*S` stands for any number of spatial dimensions: H, W of pictures, D, H, W of volumes, whose voxels are pixels too.
+"""
 
 from typing import NamedTuple, Optional, Protocol, Tuple
 
@@ -7,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._check import (
+    as_whole,
     check_choice,
     check_classes,
     check_label,
@@ -17,6 +21,7 @@ from ._check import (
     problem,
 )
 from ._upcast import at_least_float32
+from .ignoring import IgnoreIndex, ignored_labels, is_ignored, void_label
 
 WEIGHTS = ("ratio", "confidence", "threshold", "none")
 # exp(-10000) is 0 in any precision. A class masked out with -inf would make T's gradient 0 * inf.
@@ -24,34 +29,34 @@ LOGIT_FLOOR = -1e4
 
 
 class TemperatureNet(Protocol):
-    """Logits (N, C, H, W) and, if it wants any, features (N, F, h, w) -> temperatures (N, 1, H, W)."""
+    """Logits (N, C, *S) and, if it wants any, features (N, F, *s) -> temperatures (N, 1, *S)."""
 
     def __call__(self, logits: Tensor, features: Tensor = ..., /) -> Tensor: ...
 
 
 class SoftPseudoLabels(NamedTuple):
-    """What `SoftPseudoLabeler` returns, for N images of H x W pixels and C classes."""
+    """What `SoftPseudoLabeler` returns, for N images with the spatial dimensions S and C classes."""
 
     soft_label: Tensor
-    """(N, C, H, W) floating, sums to 1 over C; all zeros on padding. Carries the gradient of the temperature net, unless under
+    """(N, C, *S) floating, sums to 1 over C; all zeros on padding. Carries the gradient of the temperature net, unless under
     `no_grad`."""
     pseudo_label: Tensor
-    """(N, H, W) int64, the teacher's argmax, which the temperature cannot change; `ignore_index` on padding."""
+    """(N, *S) int64, the teacher's argmax, which the temperature cannot change; the last of `ignore_index` on padding."""
     weight: Tensor
-    """(N, H, W) floating, >= 0, detached; 0 where the label must not be used."""
+    """(N, *S) floating, >= 0, detached; 0 where the label must not be used."""
     temperature: Tensor
-    """(N, 1, H, W) floating, > 0. Carries the gradient of the temperature net, unless under `no_grad`."""
+    """(N, 1, *S) floating, > 0. Carries the gradient of the temperature net, unless under `no_grad`."""
 
 
 def soft_label(logits: Tensor, temperature: Tensor) -> Tensor:
     """softmax(logits / temperature) over the classes.
 
     Args:
-        logits: (N, C, H, W), floating; detached, since nobody trains a teacher through its labels.
-        temperature: (N, 1, H, W), > 0; the gradient flows through it.
+        logits: (N, C, *S), floating; detached, since nobody trains a teacher through its labels.
+        temperature: (N, 1, *S), > 0; the gradient flows through it.
 
     Returns:
-        (N, C, H, W), sums to 1 over C. float32 at least.
+        (N, C, *S), sums to 1 over C. float32 at least.
 
     Example:
         >>> z = torch.tensor([2.0, 0.0]).view(1, 2, 1, 1)
@@ -61,10 +66,10 @@ def soft_label(logits: Tensor, temperature: Tensor) -> Tensor:
         [0.731, 0.269]
     """
     check_logits("soft_label", "logits", logits)
-    n, _, h, w = logits.shape
-    expected = f"temperature: a floating tensor {(n, 1, h, w)}"
+    shape = (len(logits), 1, *logits.shape[2:])
+    expected = f"temperature: a floating tensor {shape}"
     t = check_tensor("soft_label", "temperature", temperature, expected=expected, remedy="use MetaTemperatureNet")
-    if t.shape != (n, 1, h, w):
+    if tuple(t.shape) != shape:
         raise problem("soft_label", expected=expected, got=describe(t), remedy="one temperature per pixel")
     z = logits.detach()
     z = at_least_float32(z).clamp(min=LOGIT_FLOOR)
@@ -79,7 +84,7 @@ def confidence_weight(logits: Tensor, *, mode: str = "ratio", threshold: float =
     switching pixels off.
 
     Args:
-        logits: (N, C, H, W), floating; detached.
+        logits: (N, C, *S), floating; detached.
         mode: "ratio": every pixel of the batch gets the share of pixels whose confidence is >= `threshold`, as in DACS
             and DAFormer; "confidence": the same on average, but within the batch in proportion to the square of a pixel's
             confidence, so that what the teacher doubts counts less;
@@ -87,7 +92,7 @@ def confidence_weight(logits: Tensor, *, mode: str = "ratio", threshold: float =
         threshold: in 0..1; 0.968 is DAFormer's.
 
     Returns:
-        (N, H, W) floating, >= 0, detached; at most 1 in all modes but "confidence".
+        (N, *S) floating, >= 0, detached; at most 1 in all modes but "confidence".
 
     Example:
         >>> z = torch.tensor([9.0, 0.0, 0.0, 0.0]).view(1, 1, 2, 2)
@@ -119,12 +124,12 @@ class SoftPseudoLabeler:
     """Calibrated soft pseudo-labels for target images, with DAFormer's pixel weights.
 
     Args:
-        temperature_net: maps (logits, features) to temperatures (N, 1, H, W), as `MetaTemperatureNet` does; None for
+        temperature_net: maps (logits, features) to temperatures (N, 1, *S), as `MetaTemperatureNet` does; None for
             T = 1, uncalibrated soft labels.
         weight: "ratio" (DACS and DAFormer), "confidence", "threshold" or "none", see `confidence_weight`.
         threshold: the confidence that counts as sure, in 0..1.
-        ignore_top, ignore_bottom: rows at the image's edges whose weight is 0. DAFormer ignores the rectification border
-            (15 rows) and the car's bonnet (120 rows) of Cityscapes.
+        ignore_top, ignore_bottom: rows (of the dimension before the last) at the image's edges whose weight is 0. DAFormer
+            ignores the rectification border (15 rows) and the car's bonnet (120 rows) of Cityscapes.
 
     Example:
         >>> labeler = SoftPseudoLabeler(None, weight="none", ignore_top=1)
@@ -144,13 +149,11 @@ class SoftPseudoLabeler:
     ) -> None:
         check_choice("SoftPseudoLabeler", "weight", weight, WEIGHTS)
         check_number("SoftPseudoLabeler", "threshold", threshold, low=0.0, high=1.0, rule="in [0, 1]")
-        check_number("SoftPseudoLabeler", "ignore_top", ignore_top, low=0, rule=">= 0 rows")
-        check_number("SoftPseudoLabeler", "ignore_bottom", ignore_bottom, low=0, rule=">= 0 rows")
         self.temperature_net = temperature_net
         self.weight = weight
         self.threshold = threshold
-        self.ignore_top = ignore_top
-        self.ignore_bottom = ignore_bottom
+        self.ignore_top = as_whole("SoftPseudoLabeler", "ignore_top", ignore_top, low=0)
+        self.ignore_bottom = as_whole("SoftPseudoLabeler", "ignore_bottom", ignore_bottom, low=0)
 
     def __call__(
         self,
@@ -158,22 +161,22 @@ class SoftPseudoLabeler:
         *,
         features: Optional[Tensor] = None,
         valid: Optional[Tensor] = None,
-        ignore_index: int = 255,
+        ignore_index: IgnoreIndex = 255,
     ) -> SoftPseudoLabels:
         """Label a batch.
 
         Args:
-            teacher_logits: (N, C, H, W) at the resolution of the labels; detached.
-            features: (N, F, h, w), handed to the temperature net; detached by `MetaTemperatureNet`.
-            valid: (N, H, W) bool, False where the image is padding: weight and soft label are 0 there, so that the pixel counts
+            teacher_logits: (N, C, *S) at the resolution of the labels; detached.
+            features: (N, F, *s), handed to the temperature net; detached by `MetaTemperatureNet`.
+            valid: (N, *S) bool, False where the image is padding: weight and soft label are 0 there, so that the pixel counts
                 neither in the loss nor in its mean.
-            ignore_index: what `pseudo_label` is on padding. Where it is a class too, as in data sets whose class 0 is
-                "unlabelled", the teacher is never asked for that class, and nothing is taught it.
+            ignore_index: one label or several; the last is what `pseudo_label` is on padding. Those that are classes too, as in
+                data sets whose class 0 is "unlabelled", the teacher is never asked for, and nothing is taught them.
 
         Raises:
-            ValueError, TypeError: inputs of another shape or kind.
+            ValueError, TypeError: inputs of another shape or kind; rows to ignore in what has none.
         """
-        z = without_class("SoftPseudoLabeler", teacher_logits, ignore_index)
+        z = without_classes("SoftPseudoLabeler", teacher_logits, ignore_index)
         if self.temperature_net is None:
             temperature = torch.ones_like(z[:, :1], dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
         elif features is None:
@@ -187,15 +190,19 @@ class SoftPseudoLabeler:
         return SoftPseudoLabels(soft, pseudo_label, weight, temperature)
 
     def hard_labels(
-        self, teacher_logits: Tensor, *, valid: Optional[Tensor] = None, ignore_index: int = 255
+        self, teacher_logits: Tensor, *, valid: Optional[Tensor] = None, ignore_index: IgnoreIndex = 255
     ) -> Tuple[Tensor, Tensor]:
         """(`pseudo_label`, `weight`) of the same call, which do not need the temperatures."""
-        return self._hard_labels(without_class("SoftPseudoLabeler", teacher_logits, ignore_index), valid, ignore_index)
+        return self._hard_labels(without_classes("SoftPseudoLabeler", teacher_logits, ignore_index), valid, ignore_index)
 
-    def _hard_labels(self, z: Tensor, valid: Optional[Tensor], ignore_index: int) -> Tuple[Tensor, Tensor]:
+    def _hard_labels(self, z: Tensor, valid: Optional[Tensor], ignore_index: IgnoreIndex) -> Tuple[Tensor, Tensor]:
         pseudo_label, weight = z.argmax(1), confidence_weight(z, mode=self.weight, threshold=self.threshold)
-        weight[:, : self.ignore_top] = 0.0
-        weight[:, max(0, weight.shape[1] - self.ignore_bottom) :] = 0.0
+        if self.ignore_top or self.ignore_bottom:
+            if z.dim() < 4:
+                expected = "teacher_logits (N, C, ..., rows, columns), of which to ignore rows"
+                raise problem("SoftPseudoLabeler", expected=expected, got=describe(z), remedy="pass valid=... instead")
+            weight[..., : self.ignore_top, :] = 0.0
+            weight[..., max(0, weight.shape[-2] - self.ignore_bottom) :, :] = 0.0
         if valid is not None:
             expected = f"a bool tensor {tuple(weight.shape)}, False on padding"
             mask = check_tensor("SoftPseudoLabeler", "valid", valid, expected=expected, remedy="pass a bool tensor")
@@ -203,45 +210,55 @@ class SoftPseudoLabeler:
                 remedy = "squeeze the channel dimension and compare: valid > 0"
                 raise problem("SoftPseudoLabeler", expected=f"valid: {expected}", got=describe(mask), remedy=remedy)
             weight = weight.masked_fill(~mask, 0.0)
-            pseudo_label = pseudo_label.masked_fill(~mask, ignore_index)
+            pseudo_label = pseudo_label.masked_fill(~mask, void_label(ignore_index))
         return pseudo_label, weight
 
 
-def without_class(function: str, teacher_logits: Tensor, ignore_index: int) -> Tensor:
-    """A teacher's logits, detached; where `ignore_index` is a class, they rule it out.
+def without_classes(function: str, teacher_logits: Tensor, ignore_index: IgnoreIndex) -> Tensor:
+    """A teacher's logits, detached; they rule out the classes among `ignore_index`.
+
+    Raises:
+        ValueError, TypeError: no logits; no class is left.
 
     Example:
-        >>> z = torch.tensor([9.0, 1.0]).view(1, 2, 1, 1)
-        >>> without_class("f", z, 0).argmax(1).item(), without_class("f", z, 255).argmax(1).item()
-        (1, 0)
+        >>> z = torch.tensor([9.0, 5.0, 1.0]).view(1, 3, 1, 1)
+        >>> [without_classes("f", z, ignored).argmax(1).item() for ignored in (255, 0, (0, 1, 255))]
+        [0, 1, 2]
     """
     check_logits(function, "teacher_logits", teacher_logits)
     z = teacher_logits.detach()
-    if 0 <= ignore_index < z.shape[1]:
+    ruled_out = [label for label in ignored_labels(function, ignore_index) if 0 <= label < z.shape[1]]
+    if len(ruled_out) == z.shape[1]:
+        remedy = "leave at least one class that is taught"
+        raise problem(function, expected="classes beside ignore_index", got=f"{ignore_index}, all of them", remedy=remedy)
+    if ruled_out:
         z = z.clone()
-        z[:, ignore_index] = LOGIT_FLOOR
+        z[:, ruled_out] = LOGIT_FLOOR
     return z
 
 
-def one_hot(label: Tensor, num_classes: int, *, ignore_index: int = 255) -> Tensor:
-    """Hard labels as soft ones: 1 at the class, all zeros where the label is `ignore_index` (so its loss is zero).
+def one_hot(label: Tensor, num_classes: int, *, ignore_index: IgnoreIndex = 255) -> Tensor:
+    """Hard labels as soft ones: 1 at the class, all zeros where the label is of `ignore_index` (so its loss is zero).
 
     Args:
-        label: (N, H, W) int64 of classes or `ignore_index`.
+        label: (N, *S) int64 of classes or `ignore_index`.
         num_classes: C.
+        ignore_index: one label or several; they may be classes.
 
     Returns:
-        (N, C, H, W) float32.
+        (N, C, *S) float32.
 
     Raises:
-        ValueError: a label that is neither a class nor `ignore_index`.
+        ValueError: a label that is neither a class nor of `ignore_index`.
 
     Example:
         >>> one_hot(torch.tensor([[[1, 255]]]), 2)[0, :, 0].T.tolist()
         [[0.0, 1.0], [0.0, 0.0]]
     """
     check_label("one_hot", "label", label)
+    num_classes = as_whole("one_hot", "num_classes", num_classes, low=1)
+    ignored = ignored_labels("one_hot", ignore_index)
     check_classes("one_hot", "label", label, num_classes, ignore_index)
     # Comparing instead of scattering: the ignored pixels come out as zeros without a class of their own.
-    classes = torch.arange(num_classes, device=label.device).view(1, -1, 1, 1)
-    return ((label.unsqueeze(1) == classes) & (label.unsqueeze(1) != ignore_index)).float()
+    classes = torch.arange(num_classes, device=label.device).view(-1, *[1] * (label.dim() - 1))
+    return ((label.unsqueeze(1) == classes) & ~is_ignored(label, ignored).unsqueeze(1)).float()

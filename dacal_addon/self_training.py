@@ -7,12 +7,13 @@ from torch import Tensor, nn
 
 from ._check import check_choice, check_logits, problem
 from .calibrate import TemperatureEstimate, estimate_temperature, fold_temperature
+from .ignoring import IgnoreIndex, ignored_or_255
 from .learners import DEFAULT_LEARNER, LEARNERS, CalibrationStepResult, Learner, Skip, SkipKind
 from .learners.inputs import ask_teacher, check_batch
 from .learners.networks import Network, Outputs
 from .mixing import class_mask, mix
 from .pseudo_labels import SoftPseudoLabeler, SoftPseudoLabels, one_hot
-from .temperature import MetaTemperatureNet
+from .temperature import MetaTemperatureNet, two_classes_at_least
 
 _NO_TEMPERATURES = CalibrationStepResult(skipped=Skip(SkipKind.HARD_LABELS, "hard labels: there are no temperatures to learn"))
 
@@ -21,14 +22,14 @@ class MixedBatch(NamedTuple):
     """What the student learns in one iteration beside the source images; everything detached."""
 
     image: Tensor
-    """(N, K, H, W) floating: source pixels where the mask is True, target pixels elsewhere."""
+    """(N, K, *S) floating: source pixels where the mask is True, target pixels elsewhere."""
     soft_label: Tensor
-    """(N, C, H, W) floating: one-hot on source pixels, the pseudo-label on target pixels (one-hot without a learner, else
+    """(N, C, *S) floating: one-hot on source pixels, the pseudo-label on target pixels (one-hot without a learner, else
     calibrated), all zeros where nothing is known."""
     weight: Tensor
-    """(N, H, W) floating: 1 on source pixels, the pseudo-label's weight on target pixels."""
+    """(N, *S) floating: 1 on source pixels, the pseudo-label's weight on target pixels."""
     mask: Tensor
-    """(N, 1, H, W) bool, True = source pixel."""
+    """(N, 1, *S) bool, True = source pixel."""
     labels: SoftPseudoLabels
     """Of the target images."""
     learned: CalibrationStepResult
@@ -48,16 +49,17 @@ class DACal:
         student: the network that you train, called as `student(image)`.
         teacher: its EMA copy, likewise.
         optimizer: the student's. None where no learner needs it, or to tell it later (`dacal.learner.use_optimizer`).
-        num_classes: C.
+        num_classes: C; 2 of a network with one sigmoid channel, which `logits_of=two_channels` declares.
         learner: None for hard labels; a name in `dacal_addon.learners.LEARNERS`, or a class of your own: how the temperatures
             of soft labels learn.
         temperature_net: by default the `MetaTemperatureNet` that the learner works best with, on the student's device.
+        spatial_dims: of that net, the images' number of spatial dimensions: 3 for volumes.
         meta_optimizer: of the temperature net; by default Adam with the learner's own learning rate.
         weight, threshold, ignore_top, ignore_bottom: of the pseudo-labels, see `SoftPseudoLabeler`.
         logits_of: takes the logits out of what student and teacher return, if that is not a tensor, e.g.
-            `lambda out: out.logits`. They may have a lower resolution than the labels.
+            `lambda out: out.logits`; `two_channels` of one sigmoid channel. They may have a lower resolution than the labels.
         features_of: takes the features out of what the teacher returns, for a `temperature_net` with `feature_channels`.
-        ignore_index: of source labels; may be a class.
+        ignore_index: of source labels, one or several, which may be classes. None for 255; it must be given where that is one.
         generator: for masks, and judged sets that draw; by default one with seed 0. Part of the state.
         options: of the learner: `every`, `warmup`, `engine`, `judged_set` and so on.
 
@@ -91,6 +93,7 @@ class DACal:
         num_classes: int,
         learner: Union[str, Type[Learner], None] = DEFAULT_LEARNER,
         temperature_net: Optional[nn.Module] = None,
+        spatial_dims: int = 2,
         meta_optimizer: Optional[torch.optim.Optimizer] = None,
         weight: str = "ratio",
         threshold: float = 0.968,
@@ -98,10 +101,12 @@ class DACal:
         ignore_bottom: int = 0,
         logits_of: Optional[Callable[[Any], Tensor]] = None,
         features_of: Optional[Callable[[Any], Tensor]] = None,
-        ignore_index: int = 255,
+        ignore_index: Optional[IgnoreIndex] = None,
         generator: Optional[torch.Generator] = None,
         **options: Any,
     ) -> None:
+        num_classes = two_classes_at_least("DACal", num_classes)
+        self.ignore_index = ignored_or_255("DACal", ignore_index, num_classes)
         if isinstance(learner, str):
             check_choice("DACal", "learner", learner, tuple(LEARNERS))
             learner = LEARNERS[learner]
@@ -112,7 +117,7 @@ class DACal:
                 remedy = f"name one of {', '.join(map(repr, LEARNERS))}"
                 raise problem("DACal", expected=f"a learner, whose option {odd[0]} is", got="learner=None", remedy=remedy)
         elif temperature_net is None:
-            temperature_net = MetaTemperatureNet(num_classes, **learner.defaults.net_options)
+            temperature_net = MetaTemperatureNet(num_classes, spatial_dims=spatial_dims, **learner.defaults.net_options)
             temperature_net.to(next(student.parameters()).device)
         labeler = SoftPseudoLabeler(
             temperature_net,
@@ -125,7 +130,6 @@ class DACal:
         self.teacher = teacher
         self.labeler = labeler
         self.generator = generator if generator is not None else torch.Generator().manual_seed(0)
-        self.ignore_index = ignore_index
         self._num_classes = num_classes
         self._outputs = Outputs(logits_of, features_of)
         self.learner: Optional[Learner] = None
@@ -140,7 +144,7 @@ class DACal:
                 meta_optimizer=meta_optimizer,
                 logits_of=logits_of,
                 features_of=features_of,
-                ignore_index=ignore_index,
+                ignore_index=self.ignore_index,
                 generator=self.generator,
                 **options,
             )
@@ -158,11 +162,11 @@ class DACal:
         """Label the target images and mix; with a learner, its temperatures learn first.
 
         Args:
-            source_image, target_image: (N, K, H, W), floating, as the student sees them.
-            source_label: (N, H, W) int64.
+            source_image, target_image: (N, K, *S), floating, as the student sees them.
+            source_label: (N, *S) int64.
             teacher_image: the target images as the teacher sees them, where that is another view of the same pixels.
-            mask: (N, 1, H, W) bool, True = source pixel; by default half of the source's classes (`class_mask`).
-            valid: (N, H, W) bool, False on the target's padding.
+            mask: (N, 1, *S) bool, True = source pixel; by default half of the source's classes (`class_mask`).
+            valid: (N, *S) bool, False on the target's padding.
 
         Raises:
             ValueError, TypeError: tensors that do not fit each other; nothing has changed then.

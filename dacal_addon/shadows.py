@@ -1,11 +1,12 @@
 """Shadows of the target: source images in the target's look. Their labels are true ones, and for judging alone.
 
 A look is any function `(image, reference, *, strength, generator) -> image`; those in `LOOKS` are built in. Images may have any
-number of channels and any range, normalised ones too; no global random state is touched.
+number of channels and any range, normalised ones too; no global random state is touched. `*S` stands for one to three spatial
+dimensions: H, W of pictures, D, H, W of volumes.
 """
 
 import math
-from typing import Dict, Mapping, Optional, Protocol, Tuple, Union
+from typing import Dict, Mapping, Optional, Protocol, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ BAND = (0.05, 0.10)
 """Of FDA, as a share of the shorter side: drawn uniformly for each image."""
 SIGMA = (0.3, 1.3)
 """Of the blur, in pixels."""
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _FLAT = 1e-6  # the least deviation of a channel, relative to the image's largest value: a flat one has no contrast to change
 
 
@@ -31,8 +33,8 @@ def colour_statistics(image: Tensor, reference: Tensor, *, strength: float = 1.0
     """Each channel of each image with the mean and the standard deviation that it has in the reference.
 
     Args:
-        image: (N, K, H, W) floating.
-        reference: (N, K, H', W') floating, one reference for each image; of any size.
+        image: (N, K, *S) floating.
+        reference: (N, K, *S') floating, one reference for each image; of any size.
         strength: 0 for the image itself, 1 for the reference's statistics; above 1 beyond them. Means change linearly,
             deviations geometrically. >= 0.
 
@@ -47,8 +49,8 @@ def colour_statistics(image: Tensor, reference: Tensor, *, strength: float = 1.0
     """
     x, y = _checked("colour_statistics", image, reference, strength)
     own, new = _mean(x), _mean(y)
-    spread, wanted = (x - own).pow(2).mean((2, 3), keepdim=True).sqrt(), (y - new).pow(2).mean((2, 3), keepdim=True).sqrt()
-    floor = _FLAT * x.abs().flatten(1).max(1)[0].view(-1, 1, 1, 1).clamp(min=1e-30)
+    spread, wanted = _mean((x - own).pow(2)).sqrt(), _mean((y - new).pow(2)).sqrt()
+    floor = _FLAT * _largest(x).clamp(min=1e-30)
     # A flat image stays flat, and a flat reference makes one.
     ratio = torch.where(spread > floor, wanted / torch.max(spread, floor), torch.ones_like(spread)).pow(strength)
     return ((x - own) * ratio + own + strength * (new - own)).to(image.dtype)
@@ -61,9 +63,9 @@ def low_frequencies(image: Tensor, reference: Tensor, *, band: float = 0.05, str
     for everybody. The mean is set to the reference's, whatever its sign, so that images need not be positive.
 
     Args:
-        image: (N, K, H, W) floating.
-        reference: (N, K, H', W') floating; of any size, amplitudes are per pixel.
-        band: frequencies up to `band` times the shorter side, at least one, in both directions; in 0..0.5. FDA's beta.
+        image: (N, K, *S) floating.
+        reference: (N, K, *S') floating; of any size, amplitudes are per pixel.
+        band: frequencies up to `band` times the shorter side, at least one, in each direction; in 0..0.5. FDA's beta.
         strength: 0 for the image itself, 1 for the reference's amplitudes; above 1 beyond them, but not below 0. >= 0.
 
     Example:
@@ -75,30 +77,30 @@ def low_frequencies(image: Tensor, reference: Tensor, *, band: float = 0.05, str
     """
     x, y = _checked("low_frequencies", image, reference, strength)
     check_number("low_frequencies", "band", band, low=0.0, high=0.5, rule="in 0..0.5, a share of the shorter side")
-    height, width = x.shape[-2:]
+    size = x.shape[2:]
     # The highest frequency of an even side is its own mirror image, and beyond it there is none.
-    most = (min(height, width, *y.shape[-2:]) - 1) // 2
-    radius = min(max(1, math.floor(band * min(height, width))), most)
-    rows, columns = _waves(height, radius, x), _waves(width, radius, x)
-    real, imaginary = _spectrum(x, rows, columns)
-    wanted = _amplitude(*_spectrum(y, _waves(y.shape[-2], radius, y), _waves(y.shape[-1], radius, y)))
+    most = (min(*size, *y.shape[2:]) - 1) // 2
+    radius = min(max(1, math.floor(band * min(size))), most)
+    waves = [_waves(side, radius, x) for side in size]
+    real, imaginary = _spectrum(x, waves)
+    wanted = _amplitude(*_spectrum(y, [_waves(side, radius, y) for side in y.shape[2:]]))
     own = _amplitude(real, imaginary)
     new = (own + strength * (wanted - own)).clamp(min=0.0)
-    tiny = 1e-12 * own.flatten(1).max(1)[0].view(-1, 1, 1, 1).clamp(min=1e-30)
+    tiny = 1e-12 * _largest(own).clamp(min=1e-30)
     # Phase 0 where the image has nothing of a frequency.
     change = torch.where(own > tiny, new / torch.max(own, tiny) - 1, torch.zeros_like(own))
     real_change = torch.where(own > tiny, real * change, new - real)
     imaginary_change = torch.where(own > tiny, imaginary * change, -imaginary)
-    mean = strength * (_mean(y) - _mean(x))
-    real_change[:, :, radius, radius], imaginary_change[:, :, radius, radius] = mean[:, :, 0, 0], 0.0
-    return (x + _image(real_change, imaginary_change, rows, columns)).to(image.dtype)
+    middle = (..., *[radius] * len(size))
+    real_change[middle], imaginary_change[middle] = strength * (_mean(y) - _mean(x)).flatten(1), 0.0
+    return (x + _image(real_change, imaginary_change, waves)).to(image.dtype)
 
 
 def blurred(image: Tensor, sigma: Union[float, Tensor]) -> Tensor:
     """Each image under a Gaussian blur.
 
     Args:
-        image: (N, K, H, W) floating.
+        image: (N, K, *S) floating.
         sigma: in pixels, >= 0; one, or one for each image, (N,). The border is continued.
 
     Example:
@@ -107,8 +109,8 @@ def blurred(image: Tensor, sigma: Union[float, Tensor]) -> Tensor:
         >>> [round(x, 3) for x in blurred(dot, 0.5)[0, 0, 2].tolist()]
         [0.0, 0.084, 0.619, 0.084, 0.0]
     """
-    x = at_least_float32(check_image("blurred", "image", image))
-    n, channels, height, width = x.shape
+    x = at_least_float32(_at_most_volumes("blurred", "image", check_image("blurred", "image", image)))
+    n, channels, *size = x.shape
     sigmas = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(n)
     if not bool((sigmas >= 0).all()):
         remedy = "pass deviations in pixels"
@@ -119,11 +121,14 @@ def blurred(image: Tensor, sigma: Union[float, Tensor]) -> Tensor:
     steps = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
     kernel = torch.exp(-0.5 * (steps / sigmas.clamp(min=1e-3).view(-1, 1)) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)
-    x = x.reshape(1, n * channels, height, width)
-    across, down = (radius, radius, 0, 0), (0, 0, radius, radius)
-    for shape, padding in (((-1, 1, 1, 2 * radius + 1), across), ((-1, 1, 2 * radius + 1, 1), down)):
-        x = F.conv2d(F.pad(x, padding, mode="replicate"), kernel.view(shape), groups=n * channels)
-    return x.view(n, channels, height, width).to(image.dtype)
+    x = x.reshape(1, n * channels, *size)
+    d = len(size)
+    for i in range(d):  # the last dimension first, as `F.pad` counts
+        shape, padding = [1] * d, [0] * (2 * d)
+        shape[d - 1 - i], padding[2 * i : 2 * i + 2] = 2 * radius + 1, (radius, radius)
+        padded = F.pad(x, padding, mode="replicate")
+        x = _CONVOLVE[d](padded, kernel.view(-1, 1, *shape), groups=n * channels)
+    return x.view(n, channels, *size).to(image.dtype)
 
 
 def _colour(image: Tensor, reference: Tensor, *, strength: float, generator: torch.Generator) -> Tensor:
@@ -159,8 +164,8 @@ def shadows(
     Each image gets a target image and a look at random, and with the chance `blur` a Gaussian blur of sigma 0.3 to 1.3 pixels.
 
     Args:
-        source_image: (N, K, H, W) floating.
-        target_image: (M, K, H', W') floating, M >= 1, as the network sees them, like the source's.
+        source_image: (N, K, *S) floating.
+        target_image: (M, K, *S') floating, M >= 1, as the network sees them, like the source's.
         generator: the only source of randomness.
         strength: of look and blur, >= 0: 0 leaves the images as they are, 1 has the target's statistics, more exaggerates.
         looks: names and functions to draw from; None for `LOOKS`.
@@ -168,7 +173,7 @@ def shadows(
         value_range: clamp to it, as (0, 1) for images that are not normalised; None: no clamp.
 
     Returns:
-        (N, K, H, W), of the source's kind.
+        (N, K, *S), of the source's kind.
 
     Raises:
         ValueError, TypeError: images of another shape or kind; other channels than the source's.
@@ -183,8 +188,8 @@ def shadows(
     """
     source = check_image("shadows", "source_image", source_image)
     target = check_image("shadows", "target_image", target_image)
-    if not len(target) or target.shape[1] != source.shape[1]:
-        expected = f"target_image: (M, {source.shape[1]}, H, W), M >= 1, with the source's channels"
+    if not len(target) or target.shape[1] != source.shape[1] or target.dim() != source.dim():
+        expected = f"target_image: (M, {source.shape[1]}, *spatial), M >= 1, with the source's channels"
         raise problem("shadows", expected=expected, got=describe(target), remedy="pass target images as the network sees them")
     check_number("shadows", "strength", strength, low=0.0, rule=">= 0")
     check_number("shadows", "blur", blur, low=0.0, high=1.0, rule="in 0..1")
@@ -216,17 +221,30 @@ def _uniform(limits: Tuple[float, float], generator: torch.Generator) -> float:
 
 
 def _checked(function: str, image: Tensor, reference: Tensor, strength: float) -> Tuple[Tensor, Tensor]:
-    check_image(function, "image", image)
-    expected = f"reference: {(*image.shape[:2], 'H', 'W')}, one for each image"
+    _at_most_volumes(function, "image", check_image(function, "image", image))
+    expected = f"reference: {(*image.shape[:2], *'DHW'[5 - image.dim() :])}, one for each image"
     other = check_tensor(function, "reference", reference, expected=expected, remedy="pass target images")
-    if other.dim() != 4 or other.shape[:2] != image.shape[:2] or not other.is_floating_point():
+    if other.dim() != image.dim() or other.shape[:2] != image.shape[:2] or not other.is_floating_point():
         raise problem(function, expected=expected, got=describe(other), remedy="repeat or choose target images to match")
     check_number(function, "strength", strength, low=0.0, rule=">= 0")
     return at_least_float32(image), at_least_float32(other)
 
 
+def _at_most_volumes(function: str, name: str, image: Tensor) -> Tensor:
+    if image.dim() > 5:
+        expected, remedy = f"{name}: one to three spatial dimensions", "flatten some of them"
+        raise problem(function, expected=expected, got=describe(image), remedy=remedy)
+    return image
+
+
 def _mean(x: Tensor) -> Tensor:
-    return x.mean((2, 3), keepdim=True)
+    """Of each channel of each image."""
+    return x.mean(tuple(range(2, x.dim())), keepdim=True)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest absolute value of each image."""
+    return x.abs().flatten(1).max(1)[0].view(-1, *[1] * (x.dim() - 1))
 
 
 def _waves(size: int, radius: int, like: Tensor) -> Tuple[Tensor, Tensor]:
@@ -237,22 +255,31 @@ def _waves(size: int, radius: int, like: Tensor) -> Tuple[Tensor, Tensor]:
     return angle.cos().to(like), angle.sin().to(like)
 
 
-def _spectrum(x: Tensor, rows: Tuple[Tensor, Tensor], columns: Tuple[Tensor, Tensor]) -> Tuple[Tensor, Tensor]:
-    """Real and imaginary parts (N, K, 2 radius + 1, 2 radius + 1) of the mean of x * exp(-i angle)."""
-    cosines, sines = (wave.matmul(x) for wave in rows)
-    of_cosines, of_sines = (wave.t() for wave in columns)
-    pixels = x.shape[-2] * x.shape[-1]
-    real = cosines.matmul(of_cosines) - sines.matmul(of_sines)
-    imaginary = -(cosines.matmul(of_sines) + sines.matmul(of_cosines))
+def _spectrum(x: Tensor, waves: Sequence[Tuple[Tensor, Tensor]]) -> Tuple[Tensor, Tensor]:
+    """Real and imaginary parts (N, K, 2 radius + 1, ...) of the mean of x * exp(-i angle), one angle a dimension."""
+    pixels = x[0, 0].numel()
+    (cosines, sines), *others = waves
+    real, imaginary = _along(2, cosines, x), -_along(2, sines, x)
+    for dim, (cosines, sines) in enumerate(others, start=3):
+        in_phase = _along(dim, cosines, real) + _along(dim, sines, imaginary)
+        imaginary = _along(dim, cosines, imaginary) - _along(dim, sines, real)
+        real = in_phase
     return real / pixels, imaginary / pixels
 
 
-def _image(real: Tensor, imaginary: Tensor, rows: Tuple[Tensor, Tensor], columns: Tuple[Tensor, Tensor]) -> Tensor:
+def _image(real: Tensor, imaginary: Tensor, waves: Sequence[Tuple[Tensor, Tensor]]) -> Tensor:
     """The real part of the sum of a spectrum times exp(i angle)."""
-    of_cosines, of_sines = rows[0].t(), rows[1].t()
-    in_phase = of_cosines.matmul(real) - of_sines.matmul(imaginary)
-    out_of_phase = of_sines.matmul(real) + of_cosines.matmul(imaginary)
-    return in_phase.matmul(columns[0]) - out_of_phase.matmul(columns[1])
+    *others, (last_cosines, last_sines) = waves
+    for dim, (cosines, sines) in enumerate(others, start=2):
+        in_phase = _along(dim, cosines.t(), real) - _along(dim, sines.t(), imaginary)
+        imaginary = _along(dim, sines.t(), real) + _along(dim, cosines.t(), imaginary)
+        real = in_phase
+    return _along(-1, last_cosines.t(), real) - _along(-1, last_sines.t(), imaginary)
+
+
+def _along(dim: int, matrix: Tensor, x: Tensor) -> Tensor:
+    """The matrix times each vector of x along one dimension."""
+    return x.transpose(dim, -1).matmul(matrix.t()).transpose(dim, -1)
 
 
 def _amplitude(real: Tensor, imaginary: Tensor) -> Tensor:

@@ -573,7 +573,7 @@ FOLDS = {
         """,
         "fold before converting: half precision rounds the weights anew",
     ),
-    "no target image": ("def target():\n    return []\n", "calibrate: expected target(): images (N, K, H, W), or an iterable"),
+    "no target image": ("def target():\n    return []\n", "calibrate: expected target(): images (N, K, *spatial), or an iter"),
     "no images at all": ("def target():\n    return 3\n", "or an iterable of batches of them, got int; pass tensors, or"),
 }  # fmt: skip
 
@@ -591,7 +591,7 @@ def test_what_the_estimate_refuses_is_one_line_too(world, capsys):
     world.set_up("def source():\n    return images(8, 1)\n")
     message = error_of(world, capsys)
     assert message.startswith(
-        "dacal calibrate: estimate_temperature: expected source: a pair (image (N, K, H, W), label (N, H, W))"
+        "dacal calibrate: estimate_temperature: expected source: a pair (image (N, K, *spatial), label (N, *spatial))"
     )
     world.set_up("ignore_index = 1\ndef source():\n    return images(8, 1), torch.ones(8, 12, 16).long()\n")
     assert "source labels that are classes, got none; check labels and ignore_index" in error_of(world, capsys)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dacal_addon import two_channels
 from dacal_addon.calibrate import ESTIMATORS, Estimate, Material, Pictures, estimate_temperature, estimators, fitted_temperature
 from dacal_addon.calibrate.estimate import CLEARLY, UNKNOWN_SPREAD, Choice, with_labels, without_labels
 from dacal_addon.calibrate.estimators import (
@@ -480,10 +481,10 @@ IMAGE, LABEL = SMALL["source"]
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"source": IMAGE}, TypeError, "expected source: a pair .image .N, K, H, W., label .N, H, W.., or"),
+        ({"source": IMAGE}, TypeError, "expected source: a pair .image .N, K, .spatial., label .N, .spatial.., or"),
         ({"source": [IMAGE]}, TypeError, "expected source: a pair .* got float32 .*; pair the images"),
         ({"source": []}, ValueError, "expected source: .*got no image; pass at least one .has the iterator been used up"),
-        ({"target": 3}, TypeError, "expected target: images .N, K, H, W., or an iterable of batches of them, got int"),
+        ({"target": 3}, TypeError, "expected target: images .N, K, .spatial., or an iterable of batches of them, got int"),
         ({"source": (IMAGE, LABEL[:, :5])}, ValueError, r"label of source: an int64 tensor \(6, 16, 24\)"),
         ({"source": (IMAGE, LABEL + 50)}, ValueError, "label: classes 0..3 or ignore_index=255, got the"),
         ({"source": (IMAGE, 255 + 0 * LABEL)}, ValueError, "source labels that are classes, got none"),
@@ -513,3 +514,77 @@ def test_matching_is_with_the_targets_own_weights():
     z = torch.tensor([[3.0, 0.0], [1.0, 0.0]])
     both = matched(z, 0.8, torch.tensor([9.0, 1.0]).double())
     assert both > matched(z, 0.8, torch.tensor([1.0, 1.0]).double())
+
+
+# Volumes, one channel, several ignored labels
+
+
+class Volumes(nn.Module):
+    """`Net` of volumes."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.classifier = nn.Conv3d(CLASSES, CLASSES, 1, bias=False)
+        self.classifier.weight.data = SIGNAL * k * torch.eye(CLASSES).view(CLASSES, CLASSES, 1, 1, 1)
+
+    def forward(self, x):
+        return self.classifier(x)
+
+
+def test_of_volumes_all_is_estimated_that_is_of_pictures():
+    """Their voxels in another order of dimensions; what looks at neighbours is another thing."""
+
+    def as_volumes(domain):
+        return tuple(x.reshape(*x.shape[:-2], 4, 4, 24) for x in domain)
+
+    class Flat(Net):
+        def forward(self, x):
+            return self.classifier(x)
+
+    flat = material(Flat(2.0), world(0), world(1), world(2))
+    given = material(Volumes(2.0), as_volumes(world(0)), as_volumes(world(1)), as_volumes(world(2)))
+    alike = [ESTIMATORS[name] for name in ("source", "blends", "mixed_blends", "doc", "atc", "transcal")]
+    for estimator in (*alike, labelled):
+        found, expected = estimator(given), estimator(flat)
+        assert found[1:4] == pytest.approx(expected[1:4], rel=1e-5, nan_ok=True)
+        assert found.note == expected.note
+    for name in ("shadows", "shadow_fit"):
+        assert ESTIMATORS[name](given).temperature == pytest.approx(2.0, rel=0.15)
+    assert torch.equal(given.seen("source").features, flat.seen("source").features)  # the input of a Conv3d
+
+
+def test_one_sigmoid_channel_is_declared_and_estimated_as_two():
+    image = torch.randn(12, 1, 16, 24, generator=generator())
+    label = (torch.rand(12, 16, 24, generator=generator(1)) < (2 * image[:, 0]).sigmoid()).long()
+
+    def one(x):
+        return 6 * x
+
+    domains = {"source": (image, label), "target": image, "labelled_target": (image, label)}
+    found = estimate_temperature(one, logits_of=two_channels, **domains)
+    assert same(found, estimate_temperature(lambda x: torch.cat([0 * x, one(x)], 1), **domains))
+    assert found.estimates["labelled"].temperature == pytest.approx(3, rel=0.1)
+    with pytest.raises(ValueError, match=r"estimate_temperature: .* got float32 \(4, 1, 16, 24\); .*logits_of=two_channels"):
+        estimate_temperature(one, **domains)
+
+
+def test_several_ignored_labels_are_as_one_and_255_classes_need_a_word():
+    image, label = world(0, n=6)
+    marked = label.clone()
+    marked[:, :4], label[:, :4], marked[:, 4:8], label[:, 4:8] = 9, 255, 255, 255
+    options = {"target": world(1, n=6)[0]}
+    found = estimate_temperature(Net(2.0), source=(image, marked), ignore_index=(9, 255), **options)
+    assert same(found, estimate_temperature(Net(2.0), source=(image, label), **options))
+
+    def many(x):
+        return torch.cat([SIGNAL * x, torch.full((len(x), 296, *x.shape[2:]), -9.0)], 1)
+
+    with pytest.raises(ValueError, match="estimate_temperature: expected ignore_index to be given with 300 classes"):
+        estimate_temperature(many, source=(image, label), **options)
+    assert estimate_temperature(many, source=(image, label), ignore_index=255, estimators={}, **options).temperature == TYPICAL
+
+
+def test_counts_may_be_numpys():
+    options = {"max_images": np.int64(4), "batch_size": np.int32(2), "pixels": np.int64(100), "ignore_index": np.int64(255)}
+    plain = {name: int(value) for name, value in options.items()}
+    assert same(estimate_temperature(Net(2.0), **{**SMALL, **options}), estimate_temperature(Net(2.0), **{**SMALL, **plain}))

@@ -10,6 +10,7 @@ from oracles import flat, predictions
 from scipy.optimize import brentq, minimize_scalar
 from scipy.special import log_softmax, softmax
 
+from dacal_addon import two_channels
 from dacal_addon.calibrate import fitted_temperature, matched_temperature, scaling
 from dacal_addon.calibrate.curves import (
     accuracies,
@@ -98,8 +99,8 @@ def test_a_class_masked_out_counts_as_one_that_nobody_expects():
 def test_wrong_inputs_are_named():
     logits, label = predictions(0)
     for arguments, message in [
-        ((logits[0], label), "fitted_temperature: expected logits: a floating tensor"),
-        ((logits, label[:, 1:]), r"fitted_temperature: expected label: an int64 tensor \(3, 5, 6\)"),
+        ((logits[0, 0], label), "fitted_temperature: expected logits: a floating tensor"),
+        ((logits, label[:, 1:]), r"fitted_temperature: expected logits at .* \(3, 'C', 4, 6\).*; interpolate the logits, not"),
         ((logits, label.clamp(max=77)), "expected label: classes 0..3 or ignore_index=255, got the value 77"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -175,3 +176,34 @@ def test_images_that_are_drawn_anew_are_fitted_as_if_they_were_there():
         index = np.repeat(np.arange(5), row.astype(int))
         log_t.append(math.log(matched_temperature(logits[index].float(), accuracy, weight=judged[index])))
     assert matched_spread(curves, times[:20], np.array(right)) == pytest.approx(np.std(log_t), rel=0.03)
+
+
+@pytest.mark.parametrize("spatial", [(30,), (5, 2, 3)])
+def test_a_voxel_counts_as_a_pixel_does(spatial):
+    logits, label = predictions(4)
+    weight = torch.rand(label.shape, generator=generator())
+    shaped = logits.reshape(3, 4, *spatial), label.reshape(3, *spatial)
+    found = fitted_temperature(*shaped, weight=weight.reshape(3, *spatial))
+    assert found == pytest.approx(fitted_temperature(logits, label, weight=weight), rel=1e-9)
+    assert matched_temperature(shaped[0], 0.7) == pytest.approx(matched_temperature(logits, 0.7), rel=1e-9)
+
+
+def test_several_labels_are_not_judged():
+    logits, label = predictions(4)
+    one = label.masked_fill(label == 2, 255)
+    found = fitted_temperature(logits, label, ignore_index=(255, 2))
+    assert found == fitted_temperature(logits, one)
+    assert found != pytest.approx(fitted_temperature(logits, label), rel=1e-3)
+
+
+@pytest.mark.parametrize("spatial", [(2000,), (10, 10, 20)])
+def test_one_sigmoid_channel_is_fitted_as_two(spatial):
+    """Labels drawn at the sigmoid of the channel, which then is 3 times as large."""
+    z = 2 * torch.randn(1, 1, *spatial, generator=generator(), dtype=torch.float64)
+    label = (torch.rand(1, *spatial, generator=generator(1), dtype=torch.float64) < z.sigmoid()[:, 0]).long()
+    z, y = 3 * z, label.flatten().numpy()
+    x = z.flatten().numpy()
+    oracle = minimize_scalar(lambda t: np.logaddexp(0, np.where(y == 1, -x, x) / t).mean(), bounds=(0.05, 20), method="bounded")
+    found = fitted_temperature(two_channels(z), label)
+    assert found == pytest.approx(oracle.x, rel=1e-3)
+    assert found == pytest.approx(3, rel=0.15)

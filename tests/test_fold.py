@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dacal_addon import two_channels
 from dacal_addon.calibrate import TemperatureScaled, classifiers, fold_checkpoint, fold_temperature, folded_temperature
 
 SCALED = r"TemperatureScaled\(model, temperature\)"
@@ -225,6 +226,7 @@ def test_a_real_segformer():
         (lambda bias: nn.Conv2d(6, 4, 3, bias=bias, groups=2, padding=1, padding_mode="reflect"), (2, 6, 5, 5)),
         (lambda bias: nn.Conv3d(6, 4, 1, bias=bias), (2, 6, 3, 3, 3)),
         (lambda bias: nn.ConvTranspose2d(6, 4, 2, stride=2, bias=bias), (2, 6, 3, 3)),
+        (lambda bias: nn.ConvTranspose3d(6, 1, 2, stride=2, bias=bias), (2, 6, 3, 3, 3)),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("bias", [True, False])
@@ -481,3 +483,42 @@ def test_the_wrapper_refuses_what_is_no_tensor_of_logits(output):
 
     with pytest.raises(TypeError, match="TemperatureScaled: expected a model that returns a tensor of logits, got"):
         TemperatureScaled(Structured(), 2.0)()
+
+
+# Volumes and one sigmoid channel
+
+
+@pytest.mark.parametrize(
+    "last",
+    [lambda: nn.Conv3d(6, 1, 1), lambda: nn.ConvTranspose3d(6, 1, 2, stride=2), lambda: nn.Conv3d(6, 3, 3, padding=1)],
+)
+def test_a_volumes_last_layer_is_found_tried_and_folded(last):
+    model = nn.Sequential(nn.Conv3d(2, 6, 3, padding=1), nn.BatchNorm3d(6), nn.ReLU(), last(), nn.Dropout3d(0.2))
+    x = image(2, (4, 6, 8))
+    before = model.eval()(x)
+    assert fold_temperature(model, 1.7, check_on=x) == ("3",)
+    assert torch.allclose(model(x), before / 1.7, atol=1e-6)
+
+
+@pytest.mark.parametrize("logits_of", [None, two_channels])
+def test_one_sigmoid_channel_says_the_sigmoid_of_z_over_t(logits_of):
+    model = EncoderDecoder(Head(num_classes=1)).double().eval()
+    x = image().double()
+    before = model(x).detach()
+    assert fold_temperature(model, 2.5, check_on=x, logits_of=logits_of) == ("decode_head.conv_seg",)
+    assert torch.allclose(model(x).sigmoid(), 1 / (1 + torch.exp(-before / 2.5)), rtol=1e-12)
+    assert torch.equal(model(x) > 0, before > 0)
+
+
+def test_a_sigmoid_inside_of_the_network_is_found_by_the_trial():
+    """Its output is no logit: divided by T, the layer before it gives something else."""
+
+    class Probabilities(EncoderDecoder):
+        def forward(self, img):
+            return super().forward(img).sigmoid()
+
+    model = Probabilities(Head(num_classes=1)).eval()
+    with pytest.raises(ValueError, match="expected logits that are those before, divided by T"):
+        fold_temperature(model, 2.5, check_on=image())
+    with pytest.raises(TypeError, match=r"fold_temperature: expected a network that returns logits .*got dict of 'out'"):
+        fold_temperature(EncoderDecoder(Head()), 2.0, check_on=image(), logits_of=lambda z: {"out": z})

@@ -120,3 +120,12 @@ def test_maps_of_one_class_say_nothing_also_beside_pixels_that_are_ignored():
     assert Fingerprints(two).among(two, ignore_index=3) == []
     assert Fingerprints(bordered).among(bordered, ignore_index=-1) == [0]  # where 255 is a class
     assert Fingerprints(maps(1, (0, 7))).among(maps(1, (0, 7)), ignore_index=255) == []
+
+
+def test_volumes_and_several_ignored_labels():
+    volume = maps().view(1, 3, 5, 7)
+    assert Fingerprints(volume).among(torch.cat([volume + 1, volume]), ignore_index=(0, 255)) == [1]
+    two = torch.full((1, 2, 3, 4), 2)
+    two[:, 0] = 0
+    assert Fingerprints(two).among(two, ignore_index=255) == [0]
+    assert Fingerprints(two).among(two, ignore_index=(255, 0)) == []  # one class beside what is ignored

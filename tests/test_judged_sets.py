@@ -91,3 +91,10 @@ def test_blends_needs_two_images(batch):
     one = DomainBatch(*(value[:1] if isinstance(value, torch.Tensor) else value for value in batch))
     with pytest.raises(ValueError, match="expected at least 2 target images to blend, got 1"):
         target_blends(one, generator=generator())
+
+
+def test_several_ignored_labels_are_written_as_the_last(batch):
+    several = batch._replace(ignore_index=(255, 3))
+    assert torch.equal(source_pixels(several, generator=generator()).label[batch.mask[:, 0]].unique(), torch.tensor([3]))
+    unused = several._replace(weight=torch.zeros_like(batch.weight))
+    assert torch.equal(target_blends(unused, generator=generator()).label.unique(), torch.tensor([3]))

@@ -3,13 +3,14 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from dummy_learner import TowardsTwo
 from torch import nn
 
-from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, TemperatureFit
+from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SoftPseudoLabeler, TemperatureFit, two_channels
 from dacal_addon.learners import LEARNERS, CalibrationStepResult, SkipKind
 from dacal_addon.learners.judged_sets import target_blends
 from dacal_addon.losses import cross_entropy
@@ -172,7 +173,7 @@ def test_networks_may_return_what_they_like(kind, pack):
         ),
         (PACKS["tuple"][0], TypeError, r"got tuple of 0: float32 .*logits_of=lambda out: out\[0\], or out\[1\]"),
         (PACKS["object"][0], TypeError, r"got Output of 'loss': NoneType, 'logits': .*logits_of=lambda out: out.logits"),
-        (lambda z, f: z.argmax(1), ValueError, r"logits: a floating tensor \(N, C, H, W\) or of a lower resolution, got int64"),
+        (lambda z, f: z.argmax(1), ValueError, r"logits: a floating tensor .*, or of a lower resolution, got int64"),
         (lambda z, f: None, TypeError, r"got NoneType; say with logits_of where the logits are"),
     ],
 )
@@ -392,3 +393,130 @@ def test_a_teacher_of_probabilities_is_told_from_an_unsure_one(kind):
     assert "probabilities" in str(result.skipped)
     result = made(kind, weight="threshold", threshold=0.9)(**batch(), teacher_logits=4 * uniform, teacher=Network())
     assert "probabilities" not in str(result.skipped)
+
+
+# Volumes, one channel, several ignored labels
+
+
+class Pointwise(nn.Module):
+    """Each pixel by itself, so that a picture's pixels may as well be a volume's voxels."""
+
+    def __init__(self, dims, outputs=4):
+        super().__init__()
+        convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.body, self.head = convolution(3, 6, 1), convolution(6, outputs, 1)
+        self.head.weight.data *= 9
+
+    def forward(self, image):
+        return self.head(torch.tanh(self.body(image)))
+
+
+def figures(result):
+    return [value for value in result if isinstance(value, float) and not math.isnan(value)]
+
+
+@pytest.mark.parametrize("spatial", [(64,), (4, 4, 4)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_learner_learns_of_voxels_what_it_learns_of_pixels(kind, spatial):
+    data = batch()
+    shaped = {name: x.reshape(*x.shape[: x.dim() - 2], *spatial) for name, x in data.items()}
+    found = []
+    for each, dims in ((data, 2), (shaped, len(spatial))):
+        teacher, student = Pointwise(dims), Pointwise(dims)
+        net = MetaTemperatureNet(4, sees="logits", spatial_dims=dims)
+        learner = made(kind, student=student, net=net, generator=generator(1))
+        found.append([figures(learner(**each, teacher=teacher)) for _ in range(3)])
+        found[-1].append(torch.cat([p.detach().flatten() for p in net.parameters()]).tolist())
+    assert len(found[0][0]) > 4
+    for one, other in zip(*found):
+        assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("spatial", [(8, 8), (4, 4, 4)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_sigmoid_channel_is_declared_and_learned_of_as_two(kind, spatial):
+    class Two(Pointwise):
+        def forward(self, image):
+            z = super().forward(image)
+            return torch.cat([torch.zeros_like(z), z], 1)
+
+    data = {name: x.reshape(*x.shape[: x.dim() - 2], *spatial) for name, x in batch(classes=2).items()}
+    found = []
+    for network, options in ((Two, {}), (Pointwise, {"logits_of": two_channels})):
+        teacher, student = (network(len(spatial), outputs=1) for _ in range(2))
+        net = MetaTemperatureNet(2, spatial_dims=len(spatial))
+        learner = made(kind, student=student, net=net, generator=generator(1), **options)
+        found.append([repr(learner(**data, teacher=teacher)) for _ in range(3)])
+    assert found[0] == found[1]
+    assert "skipped=None" in found[0][-1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_channel_that_is_not_declared_is_told_how(kind):
+    net, networks = MetaTemperatureNet(2), [Pointwise(2, outputs=1) for _ in range(2)]
+    with pytest.raises(ValueError, match=f"{kind.__name__}: .*got float32 .2, 1, 8, 8.; .*logits_of=two_channels"):
+        made(kind, net=net, student=networks[0])(**batch(classes=2), teacher=networks[1])
+    with pytest.raises(ValueError, match=r"teacher_logits: .*got float32 .2, 1, 8, 8.; .*two_channels"):
+        made(kind, net=net)(**batch(classes=2), teacher=networks[1], teacher_logits=torch.zeros(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_ignored_labels_are_as_one(kind):
+    """And a loss of the host's own is passed one, which stands for all."""
+    found, seen = [], []
+
+    def noting(logits, label, weight=None, *, ignore_index):
+        seen.append((ignore_index, set(label.unique().tolist())))
+        loss = F.cross_entropy(logits, label, ignore_index=ignore_index, reduction="none")
+        return (loss * weight).sum() / (label != ignore_index).sum()
+
+    for ignore_index in (1, (255, 1), [1, 255], (1, 255, 300)):
+        data = batch()
+        if ignore_index == 1:
+            data["source_label"][data["source_label"] == 255] = 1
+        for outer_loss in ("cross_entropy", noting):
+            learner = made(kind, ignore_index=ignore_index, outer_loss=outer_loss, generator=generator(1))
+            found.append(repr([learner(**data, teacher=Network().eval()) for _ in range(2)]))
+    assert found[2::2] == found[:1] * 3
+    assert found[3::2] == found[1:2] * 3
+    for ignored, labels in seen:
+        assert ignored in (1, 255, 300)
+        assert labels <= {0, 2, 3, ignored}
+    assert bool(seen) == (kind is not TowardsTwo)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_class_255_is_not_dropped_in_silence(kind):
+    """Of 256 classes it is one; whether it counts has to be said."""
+    student, teacher = (Network(classes=256).eval() for _ in range(2))
+    with pytest.raises(ValueError, match=r"ignore_index to be given with 256 classes, of which 255 is one, got none; .*-1"):
+        made(kind, student=student, net=MetaTemperatureNet(256), warmup=9)(**batch(), teacher=teacher)
+    for said in (255, -1):
+        learner = made(kind, student=student, net=MetaTemperatureNet(256), ignore_index=said)
+        assert learner(**batch(), teacher=teacher).skipped is None
+    student, teacher = (Network(classes=255).eval() for _ in range(2))
+    assert made(kind, student=student, net=MetaTemperatureNet(255))(**batch(), teacher=teacher).skipped is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_counts_may_be_numpys(kind):
+    learner = made(kind, warmup=np.int64(1), every=np.int32(2), ignore_index=np.int64(255))
+    kinds = [getattr(learner(**batch(), teacher=Network().eval()).skipped, "kind", None) for _ in range(3)]
+    assert kinds == [SkipKind.WARMUP, None, SkipKind.EVERY]
+    assert type(learner.every) is type(learner.ignore_index) is int
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_class_masked_out_of_a_volume_of_a_quarter_of_the_resolution(kind):
+    class Small(Pointwise):
+        def forward(self, image):
+            return super().forward(image[..., ::2, ::2, ::2]).index_fill(1, torch.tensor([3]), -math.inf)
+
+    data = {name: x.reshape(*x.shape[: x.dim() - 2], 4, 4, 4) for name, x in batch().items()}
+    data["source_label"][data["source_label"] == 3] = 255
+    net = MetaTemperatureNet(4, sees="logits", kernel_size=3, spatial_dims=3)
+    result = made(kind, student=Small(3), net=net)(**data, teacher=Small(3))
+    assert result.skipped is None
+    assert math.isfinite(result.hypergradient_norm)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dacal_addon import soft_cross_entropy
+from dacal_addon import soft_cross_entropy, two_channels
 from dacal_addon.losses import CrossEntropyAndGap, brier, calibration_gap, cross_entropy
 from dacal_addon.metrics import brier as brier_of_metrics
 from dacal_addon.pseudo_labels import one_hot
@@ -189,11 +189,112 @@ def test_the_sum_is_the_sum():
             ValueError,
             r"\(3, 'C', 5, 6\), got .*logits and label of the same images",
         ),
-        (lambda: calibration_gap(logits(), hard_label().float()), ValueError, r"label: an int64 tensor \(N, H, W\)"),
-        (lambda: calibration_gap(logits(), hard_label(), n_bins=0), ValueError, r"n_bins >= 1, got 0"),
+        (lambda: calibration_gap(logits(), hard_label().float()), ValueError, r"label: an int64 tensor \(N, \*spatial\)"),
+        (lambda: calibration_gap(logits(), hard_label(), n_bins=0), ValueError, r"a whole number n_bins >= 1, got 0"),
         (lambda: CrossEntropyAndGap(gap_weight=-1.0), ValueError, r"gap_weight >= 0"),
     ],
 )
 def test_errors_name_expected_got_and_remedy(call, error, expected):
     with pytest.raises(error, match=expected):
         call()
+
+
+# The same pixels in a row, on a picture, in a volume.
+SHAPES = [(30,), (5, 6), (5, 2, 3), (1, 5, 2, 3)]
+JUDGES = [cross_entropy, brier, calibration_gap, CrossEntropyAndGap()]
+
+
+@pytest.mark.parametrize("spatial", SHAPES)
+def test_a_voxel_is_judged_as_a_pixel_is(spatial):
+    z, label, weight = logits(), hard_label(), weights()
+    shaped = z.reshape(2, 4, *spatial), label.reshape(2, *spatial), weight.reshape(2, *spatial)
+    for loss in JUDGES:
+        np.testing.assert_allclose(loss(*shaped), loss(z, label, weight), rtol=1e-12)
+    soft = torch.softmax(logits(1), 1)
+    np.testing.assert_allclose(
+        soft_cross_entropy(shaped[0], soft.reshape(shaped[0].shape), shaped[2]), soft_cross_entropy(z, soft, weight), rtol=1e-12
+    )
+
+
+@pytest.mark.parametrize("ignored", [(0, 255), [255, 2, 0], (255,)])
+@pytest.mark.parametrize("loss", JUDGES)
+def test_several_ignored_labels_are_as_one(loss, ignored):
+    z, label, weight = logits(), hard_label(), weights()
+    one = label.clone()
+    for each in ignored:
+        one[label == each] = 255
+    assert loss(z, label, weight, ignore_index=ignored).item() == pytest.approx(loss(z, one, weight).item(), rel=1e-12)
+    spoilt = torch.where((one == 255).unsqueeze(1), torch.full_like(z, np.nan), z)
+    if loss is cross_entropy or loss is brier:
+        assert loss(spoilt, label, weight, ignore_index=ignored).item() == loss(z, one, weight).item()
+
+
+@pytest.mark.parametrize("spatial", [(8,), (8, 6), (2, 8, 6)])
+def test_logits_of_a_quarter_of_the_resolution_are_told_how_to_grow(spatial):
+    """Of the label it says nothing: what is resized is what the network says."""
+    z, label = logits(0, (2, 4, *(n // 2 for n in spatial))), hard_label(0, (2, *spatial))
+    for call in (lambda z: cross_entropy(z, label), lambda z: soft_cross_entropy(z, one_hot(label, 4).double())):
+        with pytest.raises(ValueError, match="expected logits at the resolution of the label") as caught:
+            call(z)
+        remedy = str(caught.value).split("; ")[1]
+        assert remedy.startswith("interpolate the logits, not the label: F.interpolate(logits, size=")
+        grown = eval(remedy.split(": ")[1], {"F": F, "logits": z})  # the remedy has to run
+        assert bool(torch.isfinite(call(grown)))
+
+
+@pytest.mark.parametrize(
+    ("z", "label", "remedy"),
+    [
+        (logits(0, (2, 5, 6, 4)), hard_label(), r"the classes are last: logits.permute\(0, 3, 1, 2\)"),
+        (logits(0, (2, 5, 6, 7, 4)), hard_label(0, (2, 5, 6, 7)), r"the classes are last: logits.permute\(0, 4, 1, 2, 3\)"),
+        (logits(), hard_label(0, (2, 1, 5, 6)), r"drop the label's channel dimension: label.squeeze\(1\)"),
+        (logits(0, (2, 1, 5, 6)), hard_label(), "two_channels"),
+        (
+            {"out": logits(), "aux": logits()},
+            hard_label(),
+            r"the logits out of the network's output, for example x\['out'\]",
+        ),
+        ((logits(), logits()), hard_label(), r"for example x\[0\]"),
+    ],
+)
+def test_other_layouts_are_told_the_way(z, label, remedy):
+    for loss in JUDGES:
+        with pytest.raises((ValueError, TypeError), match=remedy):
+            loss(z, label)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, st.sampled_from([(30,), (5, 6), (5, 2, 3)]))
+def test_one_sigmoid_channel_is_judged_by_the_binary_cross_entropy(seed, spatial):
+    z = logits(seed, (2, 1, *spatial))
+    target, weight = weights(seed, (2, *spatial)), weights(seed + 1, (2, *spatial))
+    soft = torch.stack([1 - target, target], 1)
+    expected = F.binary_cross_entropy_with_logits(z[:, 0], target, weight)
+    np.testing.assert_allclose(soft_cross_entropy(two_channels(z), soft, weight), expected, rtol=1e-9)
+
+
+def test_a_class_masked_out_is_taken_in_volumes_and_of_one_channel():
+    z, label = logits(0, (2, 4, 2, 3, 5)), hard_label(0, (2, 2, 3, 5))
+    label[label == 1] = 255
+    without = z[:, [0, 2, 3]]
+    z[:, 1] = -np.inf
+    fewer = label - (label == 2).long() - (label == 3).long()
+    np.testing.assert_allclose(cross_entropy(z, label), cross_entropy(without, fewer), rtol=1e-12)
+    np.testing.assert_allclose(brier(z, label), brier(without, fewer), rtol=1e-12)
+    sure = torch.tensor([-np.inf, 0.0]).view(1, 1, 2)
+    assert soft_cross_entropy(two_channels(sure), one_hot(torch.tensor([[0, 255]]), 2)).item() == 0.0
+
+
+def test_bfloat16_is_upcast():
+    z, label = logits().bfloat16(), hard_label()
+    for loss in JUDGES:
+        assert loss(z, label).item() == pytest.approx(loss(z.float(), label).item(), rel=1e-6)
+
+
+def test_the_number_of_bins_may_be_numpys():
+    z, label = logits(), hard_label()
+    expected = calibration_gap(z, label, n_bins=7).item()
+    assert calibration_gap(z, label, n_bins=np.int64(7)).item() == expected
+    assert CrossEntropyAndGap(gap_weight=1.0, n_bins=np.int64(7))(z, label).item() == pytest.approx(
+        expected + cross_entropy(z, label).item()
+    )

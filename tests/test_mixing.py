@@ -139,10 +139,10 @@ def test_randomness_comes_from_the_generator_alone():
 @pytest.mark.parametrize(
     ("call", "error", "expected"),
     [
-        (lambda: class_mask(torch.zeros(2, 1, 4, 4).long(), generator=generator()), ValueError, r"squeeze\(1\)"),
+        (lambda: class_mask(torch.zeros(2).long(), generator=generator()), ValueError, r"int64 tensor \(N, \*spatial\)"),
         (lambda: class_mask(random_label(0), generator=generator(), scope="all"), ValueError, r"'image', 'batch'"),
         (lambda: cut_mask((1, 4, 4), generator=generator(), share=(0.6, 0.4)), ValueError, r"share\[1\] in \[share\[0\], 1\]"),
-        (lambda: cut_mask((1, 0, 4), generator=generator()), ValueError, r"H of size >= 1, got 0"),
+        (lambda: cut_mask((1, 0, 4), generator=generator()), ValueError, r"whole number size\[1\] >= 1, got 0"),
         (
             lambda: blend_pairs(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4).long(), generator=generator()),
             ValueError,
@@ -153,8 +153,9 @@ def test_randomness_comes_from_the_generator_alone():
             ValueError,
             r"share in \[0, 1\], got 1.5",
         ),
-        (lambda: complement(torch.ones(1, 1, 2, 2)), ValueError, r"a bool tensor \(N, 1, H, W\).*got float32.*mask > 0.5"),
-        (lambda: mix(random_mask(0), torch.zeros(3, 6, 9), torch.zeros(3, 6, 9)), ValueError, r"N, H, W = \(3, 6, 8\)"),
+        (lambda: complement(torch.ones(1, 1, 2, 2)), ValueError, r"a bool tensor \(N, 1, \*spatial\).*got float32.*mask > 0.5"),
+        (lambda: mix(random_mask(0), torch.zeros(3, 6, 9), torch.zeros(3, 6, 9)), ValueError, r"N, \*spatial = \(3, 6, 8\)"),
+        (lambda: mix(random_mask(0), random_label(0), torch.zeros(3, 7, 3, 4)), ValueError, "logits of a lower .*interpolated"),
         (lambda: mix(random_mask(0), torch.zeros(3, 6, 8), random_label(0)), ValueError, r"one shape and dtype"),
         (lambda: mix(random_mask(0), torch.zeros(3, 6, 8), torch.zeros(3, 2, 6, 8)), ValueError, r"int64 tensor"),
         (lambda: mix(random_mask(0), None, torch.zeros(3, 6, 8)), TypeError, r"source: .*got NoneType"),
@@ -164,3 +165,100 @@ def test_randomness_comes_from_the_generator_alone():
 def test_errors_name_expected_got_and_remedy(call, error, expected):
     with pytest.raises(error, match=expected):
         call()
+
+
+# Volumes, and rows of pixels
+
+
+SHAPES = [(48,), (6, 8), (2, 3, 8), (1, 2, 3, 8)]
+
+
+@pytest.mark.parametrize("spatial", SHAPES)
+@pytest.mark.parametrize("scope", ["image", "batch"])
+def test_classes_are_chosen_and_mixed_alike_whatever_the_dimensions(spatial, scope):
+    label, soft = random_label(3), torch.rand(3, 7, 6, 8, generator=generator(1)).softmax(1)
+    mask = class_mask(label, generator=generator(5), scope=scope)
+    shaped = class_mask(label.reshape(3, *spatial), generator=generator(5), scope=scope)
+    assert shaped.shape == (3, 1, *spatial)
+    assert torch.equal(shaped.reshape(mask.shape), mask)
+    for a, b in ((label, soft), (soft, label), (label, label.flip(0)), (soft, soft.flip(0))):
+        expected = mix(mask, a, b)
+        found = mix(shaped, *(x.reshape(*x.shape[: x.dim() - 2], *spatial) for x in (a, b)))
+        assert found.shape[-len(spatial) :] == spatial
+        assert torch.equal(found.reshape(expected.shape), expected)
+
+
+def test_the_mask_tells_a_volumes_hard_label_from_a_pictures_soft_one():
+    """(2, 3, 4, 5) is a soft label of a picture and a hard one of a volume."""
+    label = torch.randint(0, 2, (2, 3, 4, 5), generator=generator())
+    volume, picture = torch.ones(2, 1, 3, 4, 5, dtype=torch.bool), torch.ones(2, 1, 4, 5, dtype=torch.bool)
+    assert mix(volume, label, torch.zeros(2, 2, 3, 4, 5))[:, 1].sum() == label.sum()
+    assert torch.equal(mix(picture, label, label), label)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.lists(st.integers(1, 12), min_size=1, max_size=4), st.floats(0, 1), st.floats(0, 1))
+def test_cut_mask_is_one_box_in_any_number_of_dimensions(seed, size, a, b):
+    low, high = min(a, b), max(a, b)
+    for box in cut_mask((2, *size), generator=generator(seed), share=(low, high))[:, 0].numpy():
+        sides = []
+        for axis in range(len(size)):
+            along = np.flatnonzero(box.any(tuple(i for i in range(len(size)) if i != axis)))
+            sides.append(len(along))
+            assert not len(along) or along[-1] - along[0] + 1 == len(along)
+        assert box.sum() == np.prod(sides)
+        if not box.any():  # a side of less than half a pixel
+            assert low * min(size) <= 0.5
+            continue
+        # Half a pixel on either side of each dimension.
+        least, most = np.array(sides) - 0.5, np.minimum(np.array(sides) + 0.5, size)
+        assert np.prod(least) <= high * np.prod(size) * (1 + 1e-9)
+        assert low * np.prod(size) <= np.prod(most) * (1 + 1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.integers(1, 40), st.integers(1, 40))
+def test_pictures_boxes_are_drawn_as_they_are_published(seed, height, width):
+    """To the bit: tables that name a seed rest on it."""
+    mask = torch.zeros(2, 1, height, width, dtype=torch.bool)
+    for i, (area, aspect, top, left) in enumerate(torch.rand(2, 4, generator=generator(seed), dtype=torch.float64).tolist()):
+        area = 0.25 + area * 0.5
+        tall = area ** (1 - aspect)
+        rows, columns = round(height * tall), round(width * area / tall)
+        y, x = int(top * (height - rows + 1)), int(left * (width - columns + 1))
+        mask[i, 0, y : y + rows, x : x + columns] = True
+    assert torch.equal(cut_mask((2, height, width), generator=generator(seed)), mask)
+
+
+def test_a_volumes_boxes_reach_every_voxel_and_are_long_in_every_direction():
+    masks = [cut_mask((1, 6, 6, 6), generator=generator(seed), share=(0.1, 0.3))[0, 0] for seed in range(300)]
+    assert float(sum(mask.float() for mask in masks).min()) > 0
+    full = [[mask.any(j).any(i).all() for mask in masks] for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert all(0.05 < np.mean(each) < 0.5 for each in full)
+
+
+def test_several_ignored_classes_are_never_chosen():
+    label = random_label(0, classes=6)
+    for seed in range(20):
+        chosen = label[class_mask(label, generator=generator(seed), ignore_index=(0, 3, 255))[:, 0]]
+        assert not set(chosen.tolist()) & {0, 3, 255}
+    assert len(chosen)
+
+
+@pytest.mark.parametrize("shape", [(3, 30), (3, 5, 6), (3, 2, 3, 5)])
+def test_pairs_with_an_ignored_label_are_not_judged(shape):
+    label = torch.randint(0, 4, shape, generator=generator())
+    image = torch.rand(3, 2, *shape[1:], generator=generator(1))
+    blended, kept = blend_pairs(image, label, generator=generator(2), differing=True, ignore_index=(1, 255, 9))
+    shift = next(s for s in (1, 2) if torch.allclose(blended, 0.65 * image + 0.35 * image.roll(s, 0)))
+    other = label.roll(shift, 0)
+    judged = (label != other) & (label != 1) & (other != 1)
+    assert torch.equal(kept[judged], label[judged])
+    assert set(kept[~judged].tolist()) == {1, 9}
+
+
+def test_sizes_may_be_numpys():
+    size = np.array([2, 5, 6])
+    assert torch.equal(cut_mask(size, generator=generator()), cut_mask((2, 5, 6), generator=generator()))
+    with pytest.raises(ValueError, match=r"cut_mask: expected size: \(N, \*spatial\), of two entries at least, got \(2,\)"):
+        cut_mask((2,), generator=generator())

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import softmax
 
-from dacal_addon import MetaTemperatureNet, SoftPseudoLabeler
-from dacal_addon.pseudo_labels import confidence_weight, one_hot, soft_label
+from dacal_addon import MetaTemperatureNet, SoftPseudoLabeler, two_channels
+from dacal_addon.pseudo_labels import WEIGHTS, confidence_weight, one_hot, soft_label, without_classes
 
 
 def logits(seed=0, shape=(2, 5, 6, 7), scale=4.0):
@@ -122,8 +122,8 @@ def test_one_hot_writes_zeros_for_ignored_pixels():
             r"weight to be one of 'ratio', 'confidence', 'threshold', 'none'",
         ),
         (lambda: SoftPseudoLabeler(None, threshold=1.5), ValueError, r"expected threshold in \[0, 1\], got 1.5"),
-        (lambda: SoftPseudoLabeler(None, ignore_top=-1), ValueError, r"ignore_top >= 0 rows, got -1"),
-        (lambda: SoftPseudoLabeler(None)(torch.zeros(5, 6, 7)), ValueError, r"got float32 \(5, 6, 7\)"),
+        (lambda: SoftPseudoLabeler(None, ignore_top=-1), ValueError, r"a whole number ignore_top >= 0, got -1"),
+        (lambda: SoftPseudoLabeler(None)(torch.zeros(5, 6)), ValueError, r"got float32 \(5, 6\)"),
         (lambda: SoftPseudoLabeler(None)([1.0]), TypeError, r"got list"),
         (lambda: SoftPseudoLabeler(None)(logits(), valid=torch.ones(2, 6, 7)), ValueError, r"valid: a bool tensor \(2, 6, 7\)"),
         (lambda: soft_label(logits(), torch.ones(2, 6, 7)), ValueError, r"temperature: a floating tensor \(2, 1, 6, 7\)"),
@@ -184,3 +184,88 @@ def test_logits_that_were_made_under_inference_mode_can_be_labelled_with_a_gradi
     temperature = torch.ones(1, 1, 1, 1, requires_grad=True)
     soft_label(z, temperature)[:, 0].sum().backward()
     assert temperature.grad.item() > 0
+
+
+# The same pixels in a row, on a picture, in a volume.
+SHAPES = [(42,), (6, 7), (2, 3, 7), (1, 2, 3, 7)]
+
+
+@pytest.mark.parametrize("spatial", SHAPES)
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_a_voxel_is_labelled_as_a_pixel_is(spatial, weight):
+    z, t = logits(), logits(1, (2, 1, 6, 7), 0.5).exp()
+    valid = torch.rand(2, 6, 7, generator=torch.Generator().manual_seed(2)) < 0.8
+    labeler = SoftPseudoLabeler(lambda z: t.reshape(2, 1, *z.shape[2:]), weight=weight, threshold=0.8)
+    flat = labeler(z, valid=valid, ignore_index=(1, 255))
+    labels = labeler(z.reshape(2, 5, *spatial), valid=valid.reshape(2, *spatial), ignore_index=(1, 255))
+    for found, expected in zip(labels, flat):
+        assert found.shape[-len(spatial) :] == spatial
+        assert torch.equal(found.reshape(expected.shape), expected)
+
+
+@pytest.mark.parametrize("spatial", SHAPES)
+def test_a_voxels_label_becomes_one_hot(spatial):
+    label = logits().argmax(1)
+    encoded = one_hot(label.reshape(2, *spatial), 5, ignore_index=[0, 3])
+    assert encoded.shape == (2, 5, *spatial)
+    expected = np.eye(5)
+    expected[[0, 3]] = 0
+    np.testing.assert_array_equal(encoded.reshape(2, 5, 42).numpy(), expected[label.reshape(2, 42).numpy()].transpose(0, 2, 1))
+
+
+def test_rows_of_a_volume_are_those_of_its_slices():
+    weight = SoftPseudoLabeler(None, weight="none", ignore_top=1, ignore_bottom=2)(logits(shape=(2, 5, 3, 6, 7))).weight
+    expected = np.ones((2, 3, 6, 7))
+    expected[:, :, 0] = expected[:, :, 4:] = 0
+    np.testing.assert_array_equal(weight.numpy(), expected)
+    with pytest.raises(ValueError, match=r"SoftPseudoLabeler: expected .*rows, columns.*got float64 \(2, 5, 42\)"):
+        SoftPseudoLabeler(None, ignore_top=1)(logits().flatten(2))
+
+
+def test_several_classes_are_ruled_out():
+    z, labeler = logits(), SoftPseudoLabeler(None, threshold=0.6)
+    z[:, 1] += 9
+    valid = torch.ones(2, 6, 7, dtype=torch.bool)
+    valid[0, 2] = False
+    labels, without = labeler(z, ignore_index=(1, 255, 4), valid=valid), labeler(z[:, [0, 2, 3]], valid=valid)
+    assert torch.equal(labels.soft_label[:, [0, 2, 3]], without.soft_label)
+    assert float(labels.soft_label[:, [1, 4]].abs().max()) == 0.0
+    assert torch.allclose(labels.weight, without.weight)
+    assert torch.equal(labels.pseudo_label[valid], torch.tensor([0, 2, 3])[without.pseudo_label[valid]])
+    assert labels.pseudo_label[~valid].unique().tolist() == [4]
+    hard, weight = labeler.hard_labels(z, valid=valid, ignore_index=(1, 255, 4))
+    assert torch.equal(hard, labels.pseudo_label)
+    assert torch.equal(weight, labels.weight)
+
+
+def test_a_teacher_is_left_a_class():
+    with pytest.raises(ValueError, match=r"f: expected classes beside ignore_index, got \(0, 1, 255\), all of them"):
+        without_classes("f", torch.zeros(1, 2, 1, 1), (0, 1, 255))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.1, 10.0))
+def test_one_sigmoid_channel_is_labelled_with_the_sigmoid(seed, temperature):
+    z = logits(seed, (2, 1, 3, 4, 5))
+    labels = SoftPseudoLabeler(lambda z: torch.full_like(z[:, :1], temperature), weight="none")(two_channels(z))
+    np.testing.assert_allclose(labels.soft_label[:, 1:], 1 / (1 + np.exp(-z.numpy() / temperature)), rtol=1e-9)
+    assert torch.equal(labels.pseudo_label, (z[:, 0] > 0).long())
+
+
+@pytest.mark.parametrize("call", [confidence_weight, SoftPseudoLabeler(None), lambda z: soft_label(z, z)])
+def test_one_channel_that_is_not_declared_is_told_how(call):
+    with pytest.raises(ValueError, match=r"C >= 2, got float32 \(2, 1, 4, 4\); .*two_channels"):
+        call(torch.zeros(2, 1, 4, 4))
+
+
+def test_counts_may_be_numpys():
+    labeler = SoftPseudoLabeler(None, weight="none", ignore_top=np.int64(2))
+    assert type(labeler.ignore_top) is int
+    assert float(labeler(logits()).weight[:, :2].abs().max()) == 0.0
+    assert torch.equal(one_hot(torch.tensor([[2]]), np.int32(3), ignore_index=np.int64(1)), one_hot(torch.tensor([[2]]), 3))
+
+
+def test_bfloat16_logits_are_upcast_before_the_softmax():
+    z = logits().bfloat16()
+    found = soft_label(z, torch.ones(2, 1, 6, 7)).double().numpy()
+    np.testing.assert_allclose(found, softmax(z.double().numpy(), axis=1), rtol=1e-5)

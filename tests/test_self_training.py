@@ -3,6 +3,7 @@
 import copy
 import difflib
 import io
+import math
 
 import pytest
 import torch
@@ -17,9 +18,11 @@ from dacal_addon import (
     SkipKind,
     SoftPseudoLabeler,
     TemperatureFit,
+    soft_cross_entropy,
+    two_channels,
 )
 from dacal_addon.learners import LEARNERS
-from dacal_addon.mixing import class_mask, mix
+from dacal_addon.mixing import class_mask, cut_mask, mix
 
 CLASSES = 5
 
@@ -320,3 +323,163 @@ def test_the_end_of_training_is_one_temperature_that_changes_no_prediction(netwo
     assert torch.allclose(logits(student, images), before / found.temperature, atol=1e-5)
     with pytest.raises(ValueError, match="expected weights into which nothing is folded"):
         dacal.calibrate(source=(images, labels), target=images, **options)
+
+
+# Volumes and one sigmoid channel
+
+
+class Volume(nn.Module):
+    """Of a half resolution, with BatchNorm."""
+
+    def __init__(self, outputs=3):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Conv3d(1, 6, 3, stride=2, padding=1), nn.BatchNorm3d(6), nn.ReLU())
+            self.classifier = nn.Conv3d(6, outputs, 1)
+
+    def forward(self, image):
+        return self.classifier(self.body(image))
+
+
+class One(nn.Module):
+    """One sigmoid channel."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+            self.classifier = nn.Conv2d(6, 1, 1)
+
+    def forward(self, image):
+        return self.classifier(self.body(image))
+
+
+class AsTwo(One):
+    """The same network with the two channels of a softmax."""
+
+    def forward(self, image):
+        z = super().forward(image)
+        return torch.cat([torch.zeros_like(z), z], 1)
+
+
+def scans(n, classes, size, seed=0):
+    """Images whose brightness tells the label, but for the 255 of the first row."""
+    g = generator(seed)
+    label = torch.randint(0, classes, (n, *(side // 4 for side in size)), generator=g)
+    for axis in range(1, len(size) + 1):
+        label = label.repeat_interleave(4, axis)
+    image = label[:, None] + 0.7 * torch.randn(n, 1, *size, generator=g)
+    label[..., 0] = 255
+    return image, label
+
+
+def trained(network, size, *, classes, logits_of=None, steps=12, given=(), **options):
+    """A user's loop: source loss, mixed loss, an EMA teacher; returns its DACal, and what was seen in the last iteration."""
+    student = network()
+    teacher = copy.deepcopy(student)
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.02)
+    dacal = DACal(
+        student, teacher, optimizer, num_classes=classes, logits_of=logits_of, threshold=0.4, generator=generator(1), **options
+    )
+    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
+    losses = []
+
+    def logits(image):
+        z = student(image)
+        return F.interpolate(z if logits_of is None else logits_of(z), size=size, mode=mode, align_corners=False)
+
+    for i in range(steps):
+        source, label = scans(2, classes, size, seed=2 * i)
+        target = scans(2, classes, size, seed=2 * i + 1)[0] * 0.8
+        mixed = dacal(source, label, target, **{name: make(label) for name, make in dict(given).items()})
+        loss = F.cross_entropy(logits(source), label, ignore_index=255)
+        loss = loss + soft_cross_entropy(logits(mixed.image), mixed.soft_label, mixed.weight)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for mine, other in zip(teacher.parameters(), student.parameters()):
+                mine.mul_(0.7).add_(other, alpha=0.3)
+        losses.append(loss.item())
+    return dacal, mixed, losses
+
+
+@pytest.mark.parametrize("learner", [None, "fit", "bilevel"])
+def test_a_loop_over_volumes_ends_calibrated(learner):
+    size = (4, 8, 12)
+    given = {"mask": lambda label: cut_mask(label.shape, generator=generator(5))}
+    options = {} if learner is None else {"learner": learner, "warmup": 4, "spatial_dims": 3}
+    dacal, mixed, _ = trained(Volume, size, classes=3, given=given, steps=20, **options)
+    assert mixed.mask.shape == (2, 1, *size)
+    assert 0 < float(mixed.weight.mean()) <= 1
+    known = mixed.soft_label.sum(1)
+    assert torch.allclose(known[known > 0], torch.ones(()))
+    if learner is not None:
+        assert mixed.learned.skipped is None
+        assert float(mixed.labels.temperature.std()) > 0
+    student = dacal.student.eval()
+    (image, label), target = scans(6, 3, size, seed=99), scans(6, 3, size, seed=98)[0]
+    before = student(image).detach()
+    right = F.interpolate(before, size=size, mode="trilinear", align_corners=False).argmax(1) == label
+    assert float(right[label != 255].float().mean()) > 0.6  # by chance a third
+    found = dacal.calibrate(source=(image, label), target=target, labelled_target=(image, label), max_images=6)
+    assert found.temperature != 1
+    assert torch.allclose(student(image), before / found.temperature, atol=1e-5)
+    for name, estimate in found.estimates.items():
+        assert math.isfinite(estimate.temperature), name
+
+
+@pytest.mark.parametrize("learner", [None, "fit", "bilevel"])
+def test_one_sigmoid_channel_is_trained_and_calibrated_as_two(learner):
+    options = {} if learner is None else {"learner": learner, "warmup": 2}
+    found = []
+    for network, logits_of in ((One, two_channels), (AsTwo, None)):
+        dacal, mixed, losses = trained(network, (8, 12), classes=2, logits_of=logits_of, steps=6, **options)
+        assert learner is None or mixed.learned.skipped is None
+        (image, label), target = scans(6, 2, (8, 12), seed=99), scans(6, 2, (8, 12), seed=98)[0]
+        student = dacal.student.eval()
+        before = student(image).detach()
+        estimate = dacal.calibrate(source=(image, label), target=target, labelled_target=(image, label))
+        assert estimate.temperature != 1
+        assert torch.allclose(student(image), before / estimate.temperature, atol=1e-5)
+        found.append((losses, repr(estimate), before[:, -1:]))
+    assert found[0][0] == found[1][0]
+    assert found[0][1] == found[1][1]
+    assert torch.equal(found[0][2], found[1][2])
+
+
+@pytest.mark.parametrize("learner", [None, "fit"])
+def test_several_ignored_classes_are_nowhere_in_what_is_taught(learner):
+    scene = setting(Plain, None)
+    source_image, source_label, target_image = scene["loader"][0]
+    scene["teacher"].head.bias.data[[0, 3]] += 100.0
+    dacal = DACal(
+        scene["student"], scene["teacher"], num_classes=CLASSES, learner=learner, threshold=0.2, ignore_index=(0, 3, 255)
+    )
+    mixed = dacal(source_image, source_label, target_image)
+    assert learner is None or mixed.learned.skipped is None
+    assert float(mixed.soft_label[:, [0, 3]].abs().max()) == 0.0
+    unlabelled, ignored = mixed.soft_label.sum(1) == 0, (source_label == 0) | (source_label == 3) | (source_label == 255)
+    assert not bool((mixed.mask[:, 0] & ignored).any())  # never pasted
+    assert not bool(unlabelled.any())
+
+
+def test_class_255_is_not_dropped_in_silence():
+    student = nn.Conv2d(3, 300, 1)
+    with pytest.raises(
+        ValueError, match=r"DACal: expected ignore_index to be given with 300 classes, .* pass ignore_index=255"
+    ):
+        DACal(student, student, num_classes=300)
+    assert DACal(student, student, num_classes=300, ignore_index=-1).ignore_index == -1
+    assert DACal(student, student, num_classes=255).ignore_index == 255
+
+
+def test_one_channel_is_told_how_to_be_declared():
+    student = One()
+    with pytest.raises(ValueError, match=r"DACal: expected num_classes >= 2, got 1; .*logits_of=two_channels"):
+        DACal(student, student, num_classes=1)
+    image, label = scans(2, 2, (8, 8))
+    with pytest.raises(ValueError, match=r"DACal: .*got float32 \(2, 1, 8, 8\); .*logits_of=two_channels"):
+        DACal(student, student, num_classes=2)(image, label, image)

@@ -205,8 +205,8 @@ IMAGE, LABEL = held_out()
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"image": IMAGE[0]}, ValueError, r"image: a floating tensor \(N, K, H, W\), got float64 \(3, 8, 10\)"),
-        ({"image": [1]}, TypeError, r"image: a floating tensor \(N, K, H, W\), got list"),
+        ({"image": IMAGE[0]}, ValueError, r"label: an int64 tensor \(3, 10\)"),
+        ({"image": [1]}, TypeError, r"image: a floating tensor \(N, K, \*spatial\), got list"),
         ({"label": LABEL[1:]}, ValueError, r"label: an int64 tensor \(6, 8, 10\)"),
         ({"label": LABEL.int()}, ValueError, r"label: an int64 tensor .* got int32 .*convert it"),
         ({"image": IMAGE[:0], "label": LABEL[:0]}, ValueError, "at least one held-out image, got none; keep some back"),
@@ -554,3 +554,22 @@ def test_a_judged_batch_is_asked_as_the_network_is_where_nothing_is_said():
 def test_what_shadows_refuse_is_refused_at_once(option):
     with pytest.raises(ValueError, match="shadows: expected "):
         ShadowSet(*held_out(), **option)
+
+
+# Volumes
+
+
+def test_volumes_are_judged_in_the_look_of_volumes():
+    image, label = torch.rand(5, 1, 4, 8, 10, generator=generator()), torch.randint(0, 3, (5, 4, 8, 10), generator=generator(1))
+    label[:, 0] = 0
+    judged = ShadowSet(image, label, count=np.int64(3), strength=(1.0, 1.0), blur=0.0)
+    target = 4 + 2 * torch.rand(1, 1, 4, 8, 12, generator=generator(2))
+    weight, mask = torch.ones(1, 4, 8, 12), torch.ones(1, 1, 4, 8, 12).bool()
+    other = torch.randint(0, 3, (1, 4, 8, 12), generator=generator(3))
+    found = judged(DomainBatch(target, other, target, other, weight, mask, (0, 255)), generator=generator(4))
+    assert found.image.shape == (3, 1, 4, 8, 10)
+    assert torch.allclose(found.image.mean((1, 2, 3, 4)), target.mean().expand(3), atol=1e-4)
+    assert all(any(torch.equal(x, y) for y in label) for x in found.label)
+    mixed = DomainBatch(image[:2], label[:2], image[:2], label[:2], torch.ones(2, 4, 8, 10), label[:2, None] > 0, (0, 255))
+    with pytest.raises(ValueError, match="a training batch whose image 0 has the label map of a held-out one"):
+        judged(mixed, generator=generator(4))

@@ -154,7 +154,7 @@ def test_values_are_clamped_only_to_a_range_that_is_given():
 
 
 def test_wrong_images_are_named():
-    with pytest.raises(ValueError, match=r"shadows: expected target_image: \(M, 3, H, W\).*, got float64 \(3, 1, 20, 31\)"):
+    with pytest.raises(ValueError, match=r"shadows: expected target_image: \(M, 3, \*spatial\).* got float64 \(3, 1, 20, 31\)"):
         shadows(images(), images(channels=1), generator=generator())
     with pytest.raises(ValueError, match=r"low_frequencies: expected reference: \(3, 3, 'H', 'W'\), one for each image"):
         low_frequencies(images(), images(2))
@@ -166,3 +166,52 @@ def test_torchs_fft_stays_what_it_is():
     """In torch 1.7.1 the import of the module replaces the function of the same name, for everybody."""
     code = "import torch; before = torch.fft; import dacal_addon.calibrate; assert torch.fft is before"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Volumes, and rows of pixels
+
+
+def fda_of_any_dimension(source, target, radius):
+    """The same rule on numpy's n-dimensional spectrum; the mean with its sign."""
+    axes = tuple(range(2, source.ndim))
+    a, b = np.fft.fftn(source, axes=axes), np.fft.fftn(target, axes=axes)
+    low = np.ones(source.shape[2:], dtype=bool)
+    for axis, side in enumerate(source.shape[2:]):
+        near = np.abs(np.fft.fftfreq(side) * side) <= radius
+        low &= near.reshape([-1 if i == axis else 1 for i in range(len(axes))])
+    mixed = np.where(low, np.abs(b) * np.exp(1j * np.angle(a)), a)
+    return np.real(np.fft.ifftn(mixed, axes=axes))
+
+
+@pytest.mark.parametrize(("size", "band", "radius"), [((40,), 0.1, 4), ((10, 12, 11), 0.2, 2), ((20, 30), 0.1, 2)])
+def test_low_frequencies_of_volumes_and_rows_are_fdas(size, band, radius):
+    source, target = images(size=size), images(size=size, seed=1)
+    found = low_frequencies(source, target, band=band)
+    assert np.allclose(found.numpy(), fda_of_any_dimension(source.numpy(), target.numpy(), radius), atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [(20,), (6, 7, 8)])
+def test_blur_and_colours_of_volumes_and_rows(size):
+    image, reference = images(size=size), 5 * images(size=size, seed=1) + 2
+    sigma = (0.8,) * len(size)
+    oracle = gaussian_filter(image.numpy(), (0, 0, *sigma), mode="nearest", truncate=3 / 0.8)
+    assert np.allclose(blurred(image, 0.8).numpy(), oracle, atol=1e-12)
+    found = colour_statistics(image, reference).flatten(2)
+    assert torch.allclose(found.mean(2), reference.flatten(2).mean(2))
+    assert np.allclose(found.numpy().std(2), reference.flatten(2).numpy().std(2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(20,), (6, 7, 8)])
+def test_shadows_of_volumes_have_the_targets_mean(size):
+    source, target = images(4, size=size), 3 * images(1, size=[n + 1 for n in size], seed=1) - 20
+    found = shadows(source, target, generator=generator(), blur=0.0)
+    assert torch.allclose(found.flatten(2).mean(2), target.flatten(2).mean(2).expand(4, 3))
+    assert not torch.allclose(shadows(source, target, generator=generator(), blur=1.0), found)
+
+
+def test_more_than_volumes_and_slices_beside_volumes_are_refused():
+    for call in (lambda x: blurred(x, 1.0), lambda x: low_frequencies(x, x), lambda x: colour_statistics(x, x)):
+        with pytest.raises(ValueError, match=r"image: one to three spatial dimensions, got float64 .*; flatten some of them"):
+            call(images(size=(2, 3, 4, 5)))
+    with pytest.raises(ValueError, match=r"shadows: expected target_image: \(M, 3, \*spatial\).* got float64 \(3, 3, 20, 31\)"):
+        shadows(images(size=(4, 20, 31)), images(), generator=generator())

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax
 
-from dacal_addon import MetaTemperatureNet
+from dacal_addon import MetaTemperatureNet, two_channels
 from dacal_addon.temperature import bounded_temperature, temperature_features
 
 
@@ -162,7 +162,16 @@ def test_has_a_few_thousand_parameters():
 @pytest.mark.parametrize(
     ("call", "expected"),
     [
-        (lambda: MetaTemperatureNet(1), r"MetaTemperatureNet: expected num_classes >= 2, got 1;"),
+        (lambda: MetaTemperatureNet(1), r"MetaTemperatureNet: expected num_classes >= 2, got 1; .*two_channels"),
+        (lambda: MetaTemperatureNet(0), r"expected a whole number num_classes >= 2, got 0;"),
+        (lambda: MetaTemperatureNet(5, spatial_dims=4), r"a whole number spatial_dims in 1..3, got 4"),
+        (lambda: MetaTemperatureNet(2)(logits(shape=(2, 1, 6, 7))), r"with C = 2, got float32 \(2, 1, 6, 7\); .*two_channels"),
+        (lambda: MetaTemperatureNet(5)(logits(shape=(2, 6, 7, 5))), r"the classes are last: x.permute\(0, 3, 1, 2\)"),
+        (
+            lambda: MetaTemperatureNet(5)(logits(shape=(2, 5, 2, 3, 4))),
+            r"2 spatial dim.*build the net with spatial_dims=3",
+        ),
+        (lambda: MetaTemperatureNet(5, spatial_dims=3)(logits()), r"3 spatial dimensions, .*build the net with spatial_dims=2"),
         (lambda: MetaTemperatureNet(5, max_ratio=1.0), r"expected max_ratio > 1"),
         (lambda: MetaTemperatureNet(5, kernel_size=2), r"MetaTemperatureNet: expected an odd kernel_size, got 2; use 1 or 3"),
         (lambda: MetaTemperatureNet(5, initial_temperature=float("nan")), r"expected initial_temperature .*got nan"),
@@ -176,3 +185,70 @@ def test_has_a_few_thousand_parameters():
 def test_errors_name_expected_got_and_remedy(call, expected):
     with pytest.raises((ValueError, TypeError), match=expected):
         call()
+
+
+@pytest.mark.parametrize("spatial", [(42,), (2, 3, 7)])
+@pytest.mark.parametrize("sees", ["confidence", "logits"])
+def test_a_voxels_temperature_is_a_pixels(spatial, sees):
+    """With the same weights, where each pixel is seen alone."""
+    flat = MetaTemperatureNet(5, sees=sees)
+    net = MetaTemperatureNet(5, sees=sees, spatial_dims=len(spatial))
+    torch.nn.init.constant_(flat.last.weight, 0.2)
+    net.load_state_dict({name: value.reshape(net.state_dict()[name].shape) for name, value in flat.state_dict().items()})
+    z = logits()
+    found = net(z.reshape(2, 5, *spatial))
+    assert found.shape == (2, 1, *spatial)
+    assert found.std() > 0.01
+    np.testing.assert_allclose(found.detach().flatten(), flat(z).detach().flatten(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_the_weights_are_drawn_alike_in_all_dimensions(dims):
+    """The generator decides; of kernel size 1 all have the same numbers of weights."""
+    one, other = MetaTemperatureNet(5, spatial_dims=dims), MetaTemperatureNet(5)
+    for a, b in zip(one.parameters(), other.parameters()):
+        assert torch.equal(a.flatten(), b.flatten())
+
+
+def test_a_kernel_reaches_alike_in_depth_height_and_width():
+    net = MetaTemperatureNet(5, kernel_size=3, spatial_dims=3)
+    torch.nn.init.constant_(net.last.weight, 0.2)
+    z = logits(shape=(1, 5, 9, 9, 9))
+    changed = z.clone()
+    changed[..., 4, 4, 4] = 5 * changed[..., 4, 4, 4] + 1
+    where = (net(z) != net(changed))[0, 0].nonzero(as_tuple=False)
+    assert (where - 4).abs().max(0)[0].tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_features_of_a_lower_resolution_are_interpolated(dims):
+    """Features that are the same everywhere say the same at any resolution."""
+    net = MetaTemperatureNet(5, feature_channels=8, spatial_dims=dims)
+    torch.nn.init.constant_(net.last.weight, 0.02)
+    z = logits(shape=(2, 5, *(6, 7, 5)[:dims]))
+    features = logits(1, (2, 8, *[1] * dims))
+    whole = net(z, features.expand(2, 8, *z.shape[2:]))
+    assert float((whole - net(z, features.flip(0))).detach().abs().max()) > 0.01
+    np.testing.assert_allclose(net(z, features.expand(2, 8, *(3, 2, 4)[:dims])).detach(), whole.detach(), rtol=1e-5)
+
+
+def test_a_class_masked_out_is_no_trouble_in_a_volume():
+    z = logits(shape=(2, 2, 3, 4, 5))
+    z[:, 1] = -np.inf
+    net = MetaTemperatureNet(2, sees="logits", kernel_size=3, spatial_dims=3)
+    torch.nn.init.constant_(net.last.weight, 0.2)
+    assert bool(torch.isfinite(net(z)).all())
+
+
+def test_one_sigmoid_channel_comes_as_two():
+    net = MetaTemperatureNet(2)
+    torch.nn.init.constant_(net.last.weight, 0.2)
+    z = logits(shape=(2, 1, 6, 7))
+    # What the net sees is how sure the channel is, and not of what.
+    np.testing.assert_allclose(net(two_channels(z)).detach(), net(two_channels(-z)).detach(), rtol=1e-5)
+
+
+def test_counts_may_be_numpys():
+    net = MetaTemperatureNet(np.int64(5), feature_channels=np.int64(8), kernel_size=np.int64(3), hidden_channels=np.int32(4))
+    assert type(net.num_classes) is int
+    assert net(logits(), logits(1, (2, 8, 3, 4))).shape == (2, 1, 6, 7)

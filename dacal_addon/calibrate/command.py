@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._check import describe, problem
+from ..ignoring import IgnoreIndex
 from .classifiers import classifiers
 from .estimate import estimate_temperature
 from .estimators import TYPICAL
@@ -56,7 +57,8 @@ class Setup(NamedTuple):
     """The name of the last layer, where it is not found."""
     typical: float = TYPICAL
     """See `estimate_temperature`."""
-    ignore_index: int = 255
+    ignore_index: Optional[IgnoreIndex] = None
+    """Likewise."""
     value_range: Any = None
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .._check import as_whole, check_number, problem
+from ..ignoring import IgnoreIndex, ignored_or_255, is_ignored
 from ..learners.networks import Network, Outputs
 from .contract import Estimate, Estimator
 from .estimators import ESTIMATORS, TYPICAL, TYPICAL_SPREAD, labelled, typical_of
@@ -62,7 +63,7 @@ def estimate_temperature(
     max_images: int = 64,
     batch_size: int = 4,
     pixels: int = 2048,
-    ignore_index: int = 255,
+    ignore_index: Optional[IgnoreIndex] = None,
     value_range: Optional[Tuple[float, float]] = None,
     device: Optional[torch.device] = None,
 ) -> TemperatureEstimate:
@@ -77,12 +78,13 @@ def estimate_temperature(
 
     Args:
         student: the network, or any function of images; its outputs are logits.
-        source: images (N, K, H, W) and labels (N, H, W) int64 that it was **not trained on**, scaled as in
+        source: images (N, K, *S) and labels (N, *S) int64 that it was **not trained on**, scaled as in
             training. A pair of tensors, or an iterable of such batches.
         target: images without labels; a tensor, or an iterable of batches (of tuples, the first entry counts).
         labelled_target: as `source`, a few of them; they may be among those of `target`.
-        logits_of: where the logits are in the output; None: it is the logits. Smaller ones are interpolated.
-        features_of: where features (N, F, h, w) are in it; None: the input of the last layer, or the logits where there
+        logits_of: where the logits are in the output; None: it is the logits. `two_channels` declares one sigmoid channel.
+            Smaller ones are interpolated.
+        features_of: where features (N, F, *s) are in it; None: the input of the last layer, or the logits where there
             is no such layer.
         layer: the name of that layer, where `classifiers` does not find it, as for `fold_temperature`.
         generator: gives the seed; None for 0.
@@ -108,7 +110,7 @@ def estimate_temperature(
 
     Source: shadows, the typical temperature and the rules are ours; the other estimators' papers are named with them.
     """
-    as_whole("estimate_temperature", "max_images", max_images, low=1)
+    max_images = as_whole("estimate_temperature", "max_images", max_images, low=1)
     check_number(
         "estimate_temperature", "typical", typical, low=BOUNDS[0], high=BOUNDS[1], rule=f"in {BOUNDS[0]:g}..{BOUNDS[1]:g}"
     )
@@ -133,7 +135,8 @@ def estimate_temperature(
     chosen = dict(ESTIMATORS if estimators is None else estimators)
     if few is not None:
         chosen["labelled"] = labelled
-    if not any(bool((label != ignore_index).any()) for label in material.source.label):
+    ignored = ignored_or_255("estimate_temperature", ignore_index)
+    if not any(bool((~is_ignored(label, ignored)).any()) for label in material.source.label):
         remedy = "check labels and ignore_index"
         raise problem("estimate_temperature", expected="source labels that are classes", got="none", remedy=remedy)
     estimates = {"typical": typical_of(typical), **{name: estimator(material) for name, estimator in chosen.items()}}

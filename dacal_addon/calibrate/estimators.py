@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from .._check import problem
+from ..ignoring import is_ignored
 from ..learners.temperature_fit import class_share_weights
 from ..mixing import blend_pairs
 from .contract import Estimate, Estimator
@@ -184,7 +185,7 @@ def _blends(name: str, material: Material, *, mixed: bool) -> Estimate:
             channels = batch.shape[1]
             if mixed:
                 dominant = blended[:, channels:].argmax(1)
-                kept = torch.where(kept == material.ignore_index, kept, dominant)
+                kept = torch.where(is_ignored(kept, material.ignore_index), kept, dominant)
             sample.add(material.logits(blended[:, :channels].to(batch.dtype))[0], kept)
     if not len(shares):
         return Estimate(name, math.nan, note="no two target images of one size to blend")

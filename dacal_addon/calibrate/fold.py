@@ -43,9 +43,9 @@ def fold_temperature(
             outputs are summed or averaged (HRDA). Auxiliary heads stay as they are. The EMA teacher is another model.
         temperature: finite, > 0.
         layer: the name of that layer in the model, or the names, where it is not found.
-        check_on: a batch (N, K, H, W) to try it on: the logits must become those before, divided by T, else nothing is
+        check_on: a batch (N, K, *S) to try it on: the logits must become those before, divided by T, else nothing is
             changed. Finds what the structure does not show: a layer that is not used, something that is added behind it.
-        logits_of: for `check_on`, where the logits are in the output.
+        logits_of: for `check_on`, where the logits are in the output. One sigmoid channel needs none: z / T of it is enough.
 
     Returns:
         The names of the layers (`""` for a layer that was passed itself), as `fold_checkpoint` takes them.
@@ -300,10 +300,9 @@ def _logits(model: nn.Module, image: Tensor, logits_of: Optional[Callable[[Any],
     with evaluating(model, of=[image]):
         output = model(image)
     found = output if logits_of is None else logits_of(output)
-    if isinstance(found, Tensor) and found.dim() != 4:  # of a layer, or of a network for whole images
+    if isinstance(found, Tensor):  # of any shape: what is divided by T may be one channel, or vectors
         return found
-    height, width = image.shape[-2:]
-    return Outputs(logits_of).logits("fold_temperature", output, (height, width))
+    return Outputs(logits_of).logits("fold_temperature", output, image.shape[2:])  # raises, and says where logits may be
 
 
 def _check_logits(expected: Tensor, found: Tensor) -> None:

@@ -1,14 +1,15 @@
 """What estimators look at: images of both domains, and what the network says of them."""
 
 import zlib
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from .._check import as_whole, check_choice, problem
+from ..ignoring import IgnoreIndex, ignored_or_255
 from ..learners.networks import Network, Outputs
-from .classifiers import classifiers
+from .classifiers import AFFINE, classifiers
 from .curves import Curves, curves_of
 from .evaluating import evaluating
 from .pictures import Pictures, batches
@@ -31,7 +32,8 @@ class Material:
         device: where it runs.
         batch_size: images at a time.
         pixels: how many are looked at in each image.
-        ignore_index: label of pixels that are not judged.
+        ignore_index: label or labels of pixels that are not judged, which may be classes; None for 255, and must be given where
+            that is a class.
         value_range: of the images, see `shadows`.
     """
 
@@ -48,16 +50,16 @@ class Material:
         device: Optional[torch.device] = None,
         batch_size: int = 4,
         pixels: int = 2048,
-        ignore_index: int = 255,
+        ignore_index: Optional[IgnoreIndex] = None,
         value_range: Optional[Tuple[float, float]] = None,
     ) -> None:
-        as_whole("Material", "batch_size", batch_size, low=1)
-        as_whole("Material", "pixels", pixels, low=1)
         self.student, self.source, self.target, self.labelled_target = student, source, target, labelled_target
         self.outputs = Outputs() if outputs is None else outputs
         self._last = _last_layer(student, layer) if self.outputs.features_of is None else None
         self.device = _device_of(student) if device is None else device
-        self.batch_size, self.pixels, self.ignore_index = batch_size, pixels, ignore_index
+        self.batch_size = as_whole("Material", "batch_size", batch_size, low=1)
+        self.pixels = as_whole("Material", "pixels", pixels, low=1)
+        self.ignore_index, self._ignore_given = ignored_or_255("Material", ignore_index), ignore_index
         self.value_range = value_range
         self._seed = int(torch.randint(1 << 31, (1,), generator=generator, device=generator.device))
         self._seen: Dict[str, Pixels] = {}
@@ -93,14 +95,14 @@ class Material:
         return sample.pixels()
 
     def logits(self, image: Tensor) -> Tuple[Tensor, Any]:
-        """(N, C, H, W) of images that are on the device, and the whole output; for use inside of `evaluating`.
+        """(N, C, *S) of images that are on the device, and the whole output; for use inside of `evaluating`.
 
         Raises:
             ValueError: NaN or infinite logits (a class masked out with -inf is none).
         """
-        height, width = image.shape[-2:]
         output = self.student(image)
-        logits = self.outputs.logits("estimate_temperature", output, (height, width)).detach()
+        logits = self.outputs.logits("estimate_temperature", output, image.shape[2:]).detach()
+        ignored_or_255("estimate_temperature", self._ignore_given, logits.shape[1])
         if bool(torch.isnan(logits).any()) or bool((logits == float("inf")).any()):
             remedy = "look at the network's weights and at the images: are they normalised as in training?"
             raise problem("estimate_temperature", expected="finite logits", got="NaN or inf among them", remedy=remedy)
@@ -155,7 +157,9 @@ class _Listener:
 
     def _hear(self, layer: nn.Module, inputs: Tuple[Any, ...]) -> None:
         x = inputs[0] if inputs else None
-        if isinstance(layer, nn.Conv2d) and isinstance(x, Tensor) and x.dim() == 4:
+        # Of linear layers nobody knows which dimension is the image's. Maps without a batch dimension are one less.
+        mapped = isinstance(layer, AFFINE) and not isinstance(layer, nn.Linear)
+        if mapped and isinstance(x, Tensor) and x.dim() == cast(Tensor, layer.weight).dim():
             # Few positions of each map: a network in windows has many maps.
             order = torch.randperm(x[0, 0].numel(), generator=self._generator)[:FEATURE_POSITIONS].to(x.device)
             self._heard.append(x.detach().flatten(2)[:, :, order])

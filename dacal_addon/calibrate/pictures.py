@@ -12,9 +12,9 @@ class Pictures(NamedTuple):
     """Images of one domain, on the CPU or wherever they came from; sizes may differ."""
 
     image: Tuple[Tensor, ...]
-    """(K, H, W) each."""
+    """(K, *S) each."""
     label: Tuple[Tensor, ...] = ()
-    """(H, W) int64 each; none at all of an unlabelled domain."""
+    """(*S) int64 each; none at all of an unlabelled domain."""
 
 
 def batches(image: Sequence[Tensor], size: int) -> Iterator[List[int]]:
@@ -40,7 +40,7 @@ def labelled(function: str, name: str, given: Any, *, limit: int, generator: tor
     Raises:
         ValueError, TypeError: neither of both, shapes that do not fit, no image.
     """
-    expected = f"{name}: a pair (image (N, K, H, W), label (N, H, W)), or an iterable of such pairs"
+    expected = f"{name}: a pair (image (N, K, *spatial), label (N, *spatial)), or an iterable of such pairs"
     pair = isinstance(given, (tuple, list)) and len(given) == 2 and all(isinstance(x, Tensor) for x in given)
     image: List[Tensor] = []
     label: List[Tensor] = []
@@ -50,7 +50,7 @@ def labelled(function: str, name: str, given: Any, *, limit: int, generator: tor
                 function, expected=expected, got=describe(batch), remedy="pair the images with their labels", error=TypeError
             )
         x = check_image(function, f"image of {name}", batch[0])
-        check_label(function, f"label of {name}", batch[1], shape=(len(x), *x.shape[-2:]))
+        check_label(function, f"label of {name}", batch[1], shape=(len(x), *x.shape[2:]))
         chosen = _chosen(len(x), limit, generator) if pair else range(len(x))
         image.extend(x[i] for i in chosen)
         label.extend(batch[1][i] for i in chosen)
@@ -66,7 +66,7 @@ def unlabelled(function: str, name: str, given: Any, *, limit: int, generator: t
     Raises:
         ValueError, TypeError: neither of both, no image.
     """
-    expected = f"{name}: images (N, K, H, W), or an iterable of batches of them"
+    expected = f"{name}: images (N, K, *spatial), or an iterable of batches of them"
     image: List[Tensor] = []
     for batch in [given] if isinstance(given, Tensor) else _iterable(function, expected, given):
         x = check_image(function, name, batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch)

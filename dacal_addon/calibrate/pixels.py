@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._check import check_classes, check_label, problem
+from ..ignoring import IgnoreIndex, is_ignored
 from ..pseudo_labels import LOGIT_FLOOR
 
 FEATURE_POSITIONS = 512  # of an image: enough for a mean and a covariance
@@ -33,14 +34,14 @@ class Pixels(NamedTuple):
 class Sample:
     """Collects random pixels of images, batch by batch."""
 
-    def __init__(self, pixels: int, ignore_index: int, generator: torch.Generator) -> None:
+    def __init__(self, pixels: int, ignore_index: IgnoreIndex, generator: torch.Generator) -> None:
         self._pixels, self._ignore_index, self._generator = pixels, ignore_index, generator
         self._parts: List[Tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._features: List[Tuple[Tensor, Tensor]] = []
         self._count = 0
 
     def add(self, logits: Tensor, label: Optional[Tensor], *, features: Optional[Sequence[Tensor]] = None) -> None:
-        """Pixels of a batch: logits (N, C, H, W), labels (N, H, W) or none, features (F, ...) of each image or none.
+        """Pixels of a batch: logits (N, C, *S), labels (N, *S) or none, features (F, ...) of each image or none.
 
         Raises:
             ValueError: labels that do not fit, or are no classes.
@@ -48,13 +49,13 @@ class Sample:
         if label is None:
             label = logits.argmax(1)
         else:
-            check_label("estimate_temperature", "label", label, shape=(len(logits), *logits.shape[-2:]))
+            check_label("estimate_temperature", "label", label, shape=(len(logits), *logits.shape[2:]))
             check_classes("estimate_temperature", "label", label, logits.shape[1], self._ignore_index)
         # Centred, because a number added to all logits of a pixel says nothing; and finite where a class is masked out.
         finite = logits.clamp(min=LOGIT_FLOOR)
         maps = list(finite - finite.mean(1, keepdim=True)) if features is None else features
         for z, y, x in zip(logits, label.to(logits.device), maps):
-            judged = (y.flatten() != self._ignore_index).nonzero(as_tuple=True)[0].cpu()
+            judged = (~is_ignored(y.flatten(), self._ignore_index)).nonzero(as_tuple=True)[0].cpu()
             chosen = judged[self._order(len(judged))[: self._pixels]].to(z.device)
             weight = torch.full((len(chosen),), len(judged) / max(1, len(chosen)), dtype=torch.float64)
             columns, labels = z.flatten(1)[:, chosen].t().float().cpu(), y.flatten()[chosen].cpu()

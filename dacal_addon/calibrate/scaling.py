@@ -9,6 +9,8 @@ from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
 from .._check import check_classes, check_label, check_logits, check_number, check_tensor, describe, problem
+from ..ignoring import IgnoreIndex, is_ignored
+from ..losses import check_resolution
 from ..pseudo_labels import LOGIT_FLOOR
 
 BOUNDS = (0.05, 20.0)
@@ -17,15 +19,17 @@ _LOG_BOUNDS = (math.log(BOUNDS[0]), math.log(BOUNDS[1]))
 _AT_ONCE = 1 << 22  # logits that are held in float64: 32 MB
 
 
-def fitted_temperature(logits: Tensor, label: Tensor, *, weight: Optional[Tensor] = None, ignore_index: int = 255) -> float:
+def fitted_temperature(
+    logits: Tensor, label: Tensor, *, weight: Optional[Tensor] = None, ignore_index: IgnoreIndex = 255
+) -> float:
     """The T in 0.05..20 with the least mean of weight * negative log-likelihood of softmax(z / T).
 
     The likelihood is concave in 1 / T, so that there is one maximum. Logits are turned to float64 a part at a time.
 
     Args:
-        logits: (N, C, H, W), floating.
-        label: (N, H, W) int64, `ignore_index` where not judged.
-        weight: (N, H, W) floating, >= 0; None for 1 everywhere.
+        logits: (N, C, *S), floating.
+        label: (N, *S) int64, of `ignore_index` where not judged.
+        weight: (N, *S) floating, >= 0; None for 1 everywhere.
 
     Returns:
         1 where no pixel is judged, or none says anything; a bound where the likelihood has no maximum inside: 0.05 if every
@@ -43,21 +47,21 @@ def fitted_temperature(logits: Tensor, label: Tensor, *, weight: Optional[Tensor
     Source: temperature scaling (Guo et al., ICML 2017).
     """
     check_logits("fitted_temperature", "logits", logits)
-    n, c, h, w = logits.shape
-    check_label("fitted_temperature", "label", label, shape=(n, h, w))
-    check_classes("fitted_temperature", "label", label, c, ignore_index)
+    check_label("fitted_temperature", "label", label)
+    check_resolution("fitted_temperature", logits, label.shape)
+    check_classes("fitted_temperature", "label", label, logits.shape[1], ignore_index)
     mass = _mass("fitted_temperature", weight, label)
-    judged = (label != ignore_index) & (mass > 0)
-    return fitted(logits.detach().permute(0, 2, 3, 1)[judged], label[judged], mass[judged])
+    judged = ~is_ignored(label, ignore_index) & (mass > 0)
+    return fitted(logits.detach().movedim(1, -1)[judged], label[judged], mass[judged])
 
 
 def matched_temperature(logits: Tensor, accuracy: float, *, weight: Optional[Tensor] = None) -> float:
     """The T in 0.05..20 at which the mean confidence of softmax(z / T) equals `accuracy`.
 
     Args:
-        logits: (N, C, H, W), floating.
+        logits: (N, C, *S), floating.
         accuracy: in 0..1.
-        weight: (N, H, W) floating, >= 0: what a pixel counts; None for 1 everywhere.
+        weight: (N, *S) floating, >= 0: what a pixel counts; None for 1 everywhere.
 
     Returns:
         The bound that comes nearest where none does; 1 without any pixel.
@@ -73,7 +77,7 @@ def matched_temperature(logits: Tensor, accuracy: float, *, weight: Optional[Ten
     check_number("matched_temperature", "accuracy", accuracy, low=0.0, high=1.0, rule="in [0, 1]")
     mass = _mass("matched_temperature", weight, logits[:, 0])
     counted = mass > 0
-    return matched(logits.detach().permute(0, 2, 3, 1)[counted], accuracy, mass[counted])
+    return matched(logits.detach().movedim(1, -1)[counted], accuracy, mass[counted])
 
 
 def fitted(z: Tensor, label: Tensor, mass: Tensor) -> float:

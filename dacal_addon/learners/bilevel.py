@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .._check import problem
 from ..engines import Student, Update, check_supported, has_zero_step, hypergradient, ranks_of
 from ..engines import backward as plain_backward
+from ..ignoring import void_label
 from ..losses import InnerLoss, soft_cross_entropy
 from ..mixing import mix
 from ..preserve import Preserved, preserved
@@ -127,7 +128,7 @@ class BilevelCalibrationStep(Learner):
     def gradient(self, iteration: Iteration) -> Union[Learned, Skip]:
         optimizer = self._optimizer()
         mixed = _Mixed(self, iteration)
-        judged = self.judged_set(iteration.batch, generator=iteration.generator)
+        judged = self.judged_batch(iteration)
         judged = judged._replace(weight=self.judged_weight(iteration.ranks, judged))
         result = hypergradient(
             self.student,
@@ -169,10 +170,10 @@ class BilevelCalibrationStep(Learner):
         """The outer loss of `f`, the student with the live or the virtually updated parameters."""
         with as_judged(judged, f):
             logits = self._logits(f, judged.image)
-        return self.outer_loss(logits, judged.label, judged.weight, ignore_index=self.ignore_index)
+        return self.outer_loss(logits, judged.label, judged.weight, ignore_index=void_label(self.ignore_index))
 
     def _logits(self, f: Student, image: Tensor) -> Tensor:
-        return self.outputs.logits(self._name, f(image), (image.shape[-2], image.shape[-1]))
+        return self.outputs.logits(self._name, f(image), image.shape[2:])
 
     def _optimizer(self) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -199,7 +200,7 @@ class _Mixed:
         self._with_graph: List[Tensor] = []
 
     def soft_label(self) -> Tensor:
-        """(N, C, H, W), with the temperature net's gradient while its parameters require one."""
+        """(N, C, *S), with the temperature net's gradient while its parameters require one."""
         # Its graph is large: not before an engine asks for it, and once for all its passes.
         if not any(parameter.requires_grad for parameter in self._net.parameters()):
             return self._soft_label

@@ -30,10 +30,10 @@ def check_batch(
             expected = "source and target images of one shape"
             got = f"source_image {tuple(source_image.shape)} and {what} {tuple(image.shape)}"
             raise problem(function, expected=expected, got=got, remedy="crop both domains to one size and batch")
-    n, _, h, w = source_image.shape
-    check_label(function, "source_label", source_label, shape=(n, h, w))
+    size = (len(source_image), *source_image.shape[2:])
+    check_label(function, "source_label", source_label, shape=size)
     if mask is not None:
-        check_mask(function, mask, size=(n, h, w))
+        check_mask(function, mask, size=size)
 
 
 def ask_teacher(function: str, outputs: Outputs, teacher: Optional[Network], image: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
@@ -43,5 +43,4 @@ def ask_teacher(function: str, outputs: Outputs, teacher: Optional[Network], ima
         raise problem(function, expected="teacher_logits or teacher", got="neither", remedy=remedy, error=TypeError)
     with torch.no_grad():
         output = teacher(image)
-    size = (image.shape[-2], image.shape[-1])
-    return outputs.logits(function, output, size), outputs.features(function, output)
+    return outputs.logits(function, output, image.shape[2:]), outputs.features(function, output)

@@ -11,37 +11,39 @@ import torch
 from torch import Tensor
 
 from .._check import problem
+from ..ignoring import IgnoreIndex, void_label
 from ..mixing import blend_pairs, complement, mix
 from ..preserve import in_evaluation_mode
 
 
 class DomainBatch(NamedTuple):
-    """What one iteration knows: N images of each domain and the mask of the mixed image."""
+    """What one iteration knows: N images of each domain, with the spatial dimensions S, and the mask of the mixed image."""
 
     source_image: Tensor
-    """(N, K, H, W) floating."""
+    """(N, K, *S) floating."""
     source_label: Tensor
-    """(N, H, W) int64, `ignore_index` where unlabelled."""
+    """(N, *S) int64, of `ignore_index` where unlabelled."""
     target_image: Tensor
-    """(N, K, H, W) floating, as the network sees it that is judged."""
+    """(N, K, *S) floating, as the network sees it that is judged."""
     pseudo_label: Tensor
-    """(N, H, W) int64: the teacher's argmax on the target, `ignore_index` on padding."""
+    """(N, *S) int64: the teacher's argmax on the target, the last of `ignore_index` on padding."""
     weight: Tensor
-    """(N, H, W) floating: the pseudo-labels' weights, 0 where they must not be used."""
+    """(N, *S) floating: the pseudo-labels' weights, 0 where they must not be used."""
     mask: Tensor
-    """(N, 1, H, W) bool, True = source pixel of the mixed image."""
-    ignore_index: int
+    """(N, 1, *S) bool, True = source pixel of the mixed image."""
+    ignore_index: IgnoreIndex
+    """One label, or several where the learner was given several."""
 
 
 class JudgedBatch(NamedTuple):
     """Images, and what is known of them."""
 
     image: Tensor
-    """(N, K, H, W) floating."""
+    """(N, K, *S) floating."""
     label: Tensor
-    """(N, H, W) int64, `ignore_index` where a pixel is not judged."""
+    """(N, *S) int64, of `ignore_index` where a pixel is not judged."""
     weight: Tensor
-    """(N, H, W) floating."""
+    """(N, *S) floating."""
     evaluation: bool = False
     """Whether the network is asked in evaluation mode, as it will be used, instead of in the mode that it is in."""
 
@@ -63,7 +65,7 @@ def source_pixels(batch: DomainBatch, *, generator: torch.Generator) -> JudgedBa
     Everything that is judged has a true label, in surroundings that are half the target's.
     """
     judged = source_and_target_pixels(batch, generator=generator)
-    return judged._replace(label=judged.label.masked_fill(batch.mask[:, 0], batch.ignore_index))
+    return judged._replace(label=judged.label.masked_fill(batch.mask[:, 0], void_label(batch.ignore_index)))
 
 
 def source_and_target_pixels(batch: DomainBatch, *, generator: torch.Generator) -> JudgedBatch:
@@ -118,8 +120,8 @@ def differing_blends(batch: DomainBatch, *, generator: torch.Generator, share: f
 
 
 def usable(batch: DomainBatch) -> Tensor:
-    """The pseudo-labels, `ignore_index` where their weight is 0: they count neither in the loss nor in its mean."""
-    return batch.pseudo_label.masked_fill(batch.weight == 0, batch.ignore_index)
+    """The pseudo-labels, the last of `ignore_index` where their weight is 0: they count neither in the loss nor in its mean."""
+    return batch.pseudo_label.masked_fill(batch.weight == 0, void_label(batch.ignore_index))
 
 
 NEED_TWO_IMAGES = ("target_blends", "differing_blends")

@@ -13,15 +13,8 @@ from typing import Any, Callable, ClassVar, Dict, Mapping, NamedTuple, Optional,
 import torch
 from torch import Tensor, nn
 
-from .._check import (
-    check_choice,
-    check_classes,
-    check_number,
-    check_owner,
-    check_tensor,
-    describe,
-    problem,
-)
+from .._check import as_whole, check_choice, check_classes, check_logits, check_owner, check_tensor, describe, problem
+from ..ignoring import IgnoreIndex, ignored_or_255, void_label, with_one_void
 from ..losses import OUTER_LOSSES, OuterLoss, is_mean_over_labelled
 from ..mixing import class_mask
 from ..preserve import preserved
@@ -62,7 +55,7 @@ class Iteration(NamedTuple):
 
     batch: DomainBatch
     teacher_logits: Tensor
-    """(N, C, H, W), of the target images."""
+    """(N, C, *S), of the target images."""
     label: Callable[[], SoftPseudoLabels]
     """Labels the target images with the temperatures as they are; with gradient, unless under `no_grad`."""
     teacher: Optional[Network]
@@ -123,11 +116,14 @@ class Learner(ABC):
         outer_loss: how it is judged: a name in `dacal_addon.losses.OUTER_LOSSES`, or a function
             `(logits, label, weight, *, ignore_index) -> scalar`.
         logits_of: takes the logits out of what teacher and student return, if that is not a tensor, e.g.
-            `lambda out: out["out"]`. Logits of a lower resolution are interpolated to the labels'.
+            `lambda out: out["out"]`, and declares one sigmoid channel: `two_channels`. Logits of a lower resolution are
+            interpolated to the labels'.
         features_of: takes the features out of what the teacher returns, for a temperature net with `feature_channels`.
         every: learn at every k-th iteration after the warm-up.
         warmup: iterations before the first one at which to learn.
-        ignore_index: of source labels; pixels that neither train nor judge. May be a class.
+        ignore_index: one label or several, which may be classes: pixels of the source, and of judged sets, that neither train
+            nor judge. None for 255; it must be given where that is a class. A host's own losses are passed the last one alone,
+            which then stands for all.
         process_group: the ranks that share a batch; None for all.
         generator: for masks, and judged sets that draw, where a call is given none; by default one with seed 0. Part of the
             state.
@@ -152,7 +148,7 @@ class Learner(ABC):
         features_of: Optional[Callable[[Any], Tensor]] = None,
         every: int = 1,
         warmup: Optional[int] = None,
-        ignore_index: int = 255,
+        ignore_index: Optional[IgnoreIndex] = None,
         process_group: Any = None,
         generator: Optional[torch.Generator] = None,
     ) -> None:
@@ -160,8 +156,7 @@ class Learner(ABC):
         warmup = self.defaults.warmup if warmup is None else warmup
         judged_set = self.defaults.judged_set if judged_set is None else judged_set
         outer_loss = self.defaults.outer_loss if outer_loss is None else outer_loss
-        check_number(name, "warmup", warmup, low=0, rule=">= 0 iterations")
-        check_number(name, "every", every, low=1, rule=">= 1")
+        warmup, every = as_whole(name, "warmup", warmup, low=0), as_whole(name, "every", every, low=1)
         if isinstance(judged_set, str):
             check_choice(name, "judged_set", judged_set, tuple(JUDGED_SETS))
         if isinstance(outer_loss, str):
@@ -181,7 +176,8 @@ class Learner(ABC):
         self.outputs = Outputs(logits_of, features_of)
         self.every = every
         self.warmup = warmup
-        self.ignore_index = ignore_index
+        self.ignore_index = ignored_or_255(name, ignore_index)
+        self._ignore_given = ignore_index
         self.process_group = process_group
         self.generator = generator if generator is not None else torch.Generator().manual_seed(0)
         self.iteration = 0
@@ -230,16 +226,16 @@ class Learner(ABC):
         """Count one iteration and, unless in warm-up or between two `every`, take one step of the temperature net.
 
         Args:
-            source_image, target_image: (N, K, H, W), floating, as the student sees them.
-            source_label: (N, H, W) int64.
-            teacher_logits: (N, C, h, w): what the teacher says of the target images. None: `teacher` is asked.
+            source_image, target_image: (N, K, *S), floating, as the student sees them.
+            source_label: (N, *S) int64.
+            teacher_logits: (N, C, *s): what the teacher says of the target images. None: `teacher` is asked.
             teacher: the network itself; needed where it is asked about further images (`TemperatureFit`). Of a function, the
                 buffers of the network inside are not put back: pass the module.
-            teacher_features: (N, F, h, w) beside `teacher_logits`, for a temperature net with `feature_channels`.
+            teacher_features: (N, F, *s) beside `teacher_logits`, for a temperature net with `feature_channels`.
             teacher_image: the target images as the teacher sees them, where that is another view of the same pixels.
-            mask: (N, 1, H, W) bool, True = source pixel: the mask with which the host will mix. Drawn by `class_mask` if not
+            mask: (N, 1, *S) bool, True = source pixel: the mask with which the host will mix. Drawn by `class_mask` if not
                 given.
-            valid: (N, H, W) bool, False on the target's padding.
+            valid: (N, *S) bool, False on the target's padding.
             backward: also train (`BilevelCalibrationStep` alone): add the gradient of the loss on the mixed images, with the
                 labels of this call's temperatures, to `.grad` of the student's parameters, and leave buffers and random states
                 as that pass leaves them. At every iteration, whether the temperatures learn or not; the host does its source
@@ -298,7 +294,12 @@ class Learner(ABC):
         """The weights of judged pixels with which the ranks' losses average to that of one process."""
         if not is_mean_over_labelled(self.outer_loss):
             return judged.weight
-        return mean_over_all(ranks, judged.weight, judged.label != self.ignore_index)
+        return mean_over_all(ranks, judged.weight, judged.label != void_label(self.ignore_index))
+
+    def judged_batch(self, iteration: Iteration) -> JudgedBatch:
+        """The judged set of the iteration; the last of `ignore_index` stands for all in its label."""
+        judged = self.judged_set(iteration.batch, generator=iteration.generator)
+        return judged._replace(label=with_one_void(judged.label, self.ignore_index))
 
     def state_dict(self) -> Dict[str, Any]:
         """Everything that a resumed run needs: temperature net, its optimizer, generator, counter."""
@@ -435,14 +436,16 @@ class Learner(ABC):
     def _checked_logits(self, source_label: Tensor, teacher_logits: Any) -> Tensor:
         """The teacher's logits at the resolution of the labels."""
         remedy = "pass teacher=teacher, the network, and logits_of for what it returns"
-        expected = "teacher_logits: a floating tensor (N, C, H, W) or of a lower resolution"
+        expected = "teacher_logits: a floating tensor (N, C, *spatial), or of a lower resolution"
         check_tensor(self._name, "teacher_logits", teacher_logits, expected=expected, remedy=remedy)
         if len(teacher_logits) != len(source_label):
             expected = f"teacher_logits of {len(source_label)} images"
             raise problem(
                 self._name, expected=expected, got=describe(teacher_logits), remedy="ask the teacher about target_image"
             )
-        logits = at_size(self._name, "teacher_logits", teacher_logits, (source_label.shape[-2], source_label.shape[-1]))
+        logits = at_size(self._name, "teacher_logits", teacher_logits, source_label.shape[1:])
+        check_logits(self._name, "teacher_logits", logits)
+        ignored_or_255(self._name, self._ignore_given, logits.shape[1])
         check_classes(self._name, "source_label", source_label, logits.shape[1], self.ignore_index)
         return logits
 

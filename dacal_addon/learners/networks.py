@@ -1,18 +1,19 @@
 """What networks return: logits at the resolution of the labels, wherever they are in the output."""
 
-from typing import Any, Callable, Dict, NamedTuple, Optional, Protocol, Tuple, Union
+from typing import Any, Callable, Dict, NamedTuple, Optional, Protocol, Sequence, Union
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._check import check_tensor, describe, problem
+from .._resize import resized
+from .._upcast import at_least_float32
 from ..preserve import preserved
 from ..pseudo_labels import LOGIT_FLOOR
 
 
 class Network(Protocol):
-    """A student or a teacher: called as a module is, with a batch of images (N, K, H, W)."""
+    """A student or a teacher: called as a module is, with a batch of images (N, K, *S)."""
 
     def __call__(self, image: Tensor, /) -> Any: ...
 
@@ -21,12 +22,12 @@ class Outputs(NamedTuple):
     """Where logits and features are in what a network returns."""
 
     logits_of: Optional[Callable[[Any], Tensor]] = None
-    """None: the output is the logits."""
+    """None: the output is the logits. `two_channels` declares one sigmoid channel."""
     features_of: Optional[Callable[[Any], Tensor]] = None
     """None: the temperature net gets no features."""
 
-    def logits(self, function: str, output: Any, size: Tuple[int, int]) -> Tensor:
-        """The logits (N, C, H, W) in the output, interpolated to `size` where they are smaller.
+    def logits(self, function: str, output: Any, size: Sequence[int]) -> Tensor:
+        """The logits (N, C, *S) in the output, interpolated to `size` where they are smaller.
 
         Raises:
             TypeError, ValueError: what is there are no logits; the message says what was returned and how to reach them.
@@ -35,35 +36,39 @@ class Outputs(NamedTuple):
         if not isinstance(found, Tensor):
             raise problem(
                 function,
-                expected="a network that returns logits (N, C, H, W)",
+                expected="a network that returns logits (N, C, *spatial)",
                 got=described(found),
                 remedy=_way_to_logits(found),
                 error=TypeError,
             )
+        if found.dim() >= 3 and found.shape[1] == 1:
+            remedy = "of one sigmoid channel say so: logits_of=two_channels"
+            expected = "a network that returns logits (N, C, *spatial), C >= 2"
+            raise problem(function, expected=expected, got=describe(found), remedy=remedy)
         return at_size(function, "logits", found, size)
 
     def features(self, function: str, output: Any) -> Optional[Tensor]:
-        """The features (N, F, h, w) in the output; None without `features_of`."""
+        """The features (N, F, *s) in the output; None without `features_of`."""
         if self.features_of is None:
             return None
-        expected = "features_of to give features (N, F, h, w)"
+        expected = "features_of to give features (N, F, *spatial)"
         return check_tensor(function, "features", self.features_of(output), expected=expected, remedy="mend features_of")
 
 
-def at_size(function: str, name: str, logits: Tensor, size: Tuple[int, int]) -> Tensor:
-    """Logits (N, C, h, w), interpolated to H x W = `size`, as segmentation networks are trained and scored.
+def at_size(function: str, name: str, logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Logits (N, C, *s), interpolated to the spatial `size`, as segmentation networks are trained and scored.
 
     Example:
         >>> at_size("f", "logits", torch.tensor([0.0, 4.0]).view(1, 1, 1, 2), (1, 4)).flatten().tolist()
         [0.0, 1.0, 3.0, 4.0]
     """
-    if logits.dim() != 4 or not logits.is_floating_point():
-        expected = f"{name}: a floating tensor (N, C, H, W) or of a lower resolution"
+    if logits.dim() != len(size) + 2 or not logits.is_floating_point():
+        expected = f"{name}: a floating tensor (N, C, {', '.join(map(str, size))}), or of a lower resolution"
         raise problem(function, expected=expected, got=describe(logits), remedy="say with logits_of where the logits are")
-    if logits.shape[-2:] == size:
+    if tuple(logits.shape[2:]) == tuple(size):
         return logits
     # A class masked out with -inf would become 0 * -inf, NaN, between two pixels.
-    return F.interpolate(logits.clamp(min=LOGIT_FLOOR), size=size, mode="bilinear", align_corners=False)
+    return resized(function, at_least_float32(logits).clamp(min=LOGIT_FLOOR), size)
 
 
 def ask(network: Network, image: Tensor) -> Any:
@@ -102,7 +107,7 @@ def _way_to_logits(output: Any) -> str:
     >>> _way_to_logits({"features": torch.zeros(1, 8, 2, 2), "out": torch.zeros(1, 4, 2, 2)})
     "say which are the logits: logits_of=lambda out: out['features'], or out['out']"
     """
-    names = [name for name, value in entries(output).items() if isinstance(value, Tensor) and value.dim() == 4]
+    names = [name for name, value in entries(output).items() if isinstance(value, Tensor) and value.dim() >= 3]
     if not names:
         return "say with logits_of where the logits are"
     by_name = hasattr(output, "items") or isinstance(output, (list, tuple))

@@ -20,9 +20,9 @@ class ShadowSet:
     that checkpoints activations computes them again later, in the mode that it is in, and cannot be judged so.
 
     Args:
-        image: (M, K, H, W) floating, held out from training (`dacal_addon.held_out.hold_out`), scaled as in training. Of any
+        image: (M, K, *S) floating, held out from training (`dacal_addon.held_out.hold_out`), scaled as in training. Of any
             size and on any device.
-        label: (M, H, W) int64; the learner's `ignore_index` where a pixel is not judged.
+        label: (M, *S) int64; of the learner's `ignore_index` where a pixel is not judged.
         count: images a call; fewer where M is smaller.
         strength: of the look, drawn uniformly between the two for each call. See `shadows`.
         looks, blur, value_range: see `shadows`.
@@ -56,14 +56,14 @@ class ShadowSet:
         value_range: Optional[Tuple[float, float]] = None,
     ) -> None:
         x = check_image("ShadowSet", "image", image)
-        check_label("ShadowSet", "label", label, shape=(len(x), *x.shape[-2:]))
+        check_label("ShadowSet", "label", label, shape=(len(x), *x.shape[2:]))
         if not len(x):
             raise problem("ShadowSet", expected="at least one held-out image", got="none", remedy="keep some back")
-        as_whole("ShadowSet", "count", count, low=1)
         if not (isinstance(strength, (tuple, list)) and len(strength) == 2 and 0 <= strength[0] <= strength[1] < math.inf):
             remedy = "pass the weakest and the strongest look, for example (0.5, 1.5)"
             raise problem("ShadowSet", expected="strength: (low, high), 0 <= low <= high", got=repr(strength), remedy=remedy)
-        self.image, self.label, self.count, self.strength = x, label, count, strength
+        self.image, self.label, self.strength = x, label, strength
+        self.count = as_whole("ShadowSet", "count", count, low=1)
         self._options: Mapping[str, Any] = {"looks": looks, "blur": blur, "value_range": value_range}
         one = at_least_float32(x[:1])
         draw = torch.Generator().manual_seed(0)
@@ -75,7 +75,7 @@ class ShadowSet:
         return self.draw(batch.target_image, generator=generator)
 
     def draw(self, target_image: Tensor, *, generator: torch.Generator) -> JudgedBatch:
-        """Some of the held-out images in the look of target images (N, K, H, W), of the kind and on the device of these."""
+        """Some of the held-out images in the look of target images (N, K, *S), of the kind and on the device of these."""
         chosen = torch.randperm(len(self.image), generator=generator, device=generator.device)[: self.count].cpu()
         u = float(torch.rand(1, generator=generator, device=generator.device))
         target = at_least_float32(target_image)

@@ -5,7 +5,8 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from ..pseudo_labels import LOGIT_FLOOR, without_class
+from ..ignoring import void_label
+from ..pseudo_labels import LOGIT_FLOOR, without_classes
 from .judged_sets import as_judged, usable
 from .learner import Defaults, Iteration, Learned, Learner
 from .networks import ask
@@ -68,26 +69,23 @@ class TemperatureFit(Learner):
     def gradient(self, iteration: Iteration) -> Union[Learned, Skip]:
         batch, ranks, teacher = iteration.batch, iteration.ranks, iteration.teacher
         assert teacher is not None  # for mypy: `judges_teacher` has asked for it
-        judged = self.judged_set(batch, generator=iteration.generator)
-        if not ranks.anywhere(bool((judged.label != self.ignore_index).any()), like=judged.weight):
+        judged, void = self.judged_batch(iteration), void_label(self.ignore_index)
+        if not ranks.anywhere(bool((judged.label != void).any()), like=judged.weight):
             return Skip(SkipKind.UNJUDGED, "no pixel of the judged set has a label (in blends: both pseudo-labels are one)")
         with as_judged(judged, teacher):
             output = ask(teacher, judged.image)
-        height, width = judged.label.shape[-2:]
-        logits = self.outputs.logits(self._name, output, (height, width))
-        logits = without_class(self._name, logits, self.ignore_index)  # as the labeler does
+        logits = self.outputs.logits(self._name, output, judged.label.shape[1:])
+        logits = without_classes(self._name, logits, self.ignore_index)  # as the labeler does
         features = self.outputs.features(self._name, output)
         temperature = self.temperature_net(*((logits,) if features is None else (logits, features)))
-        counts = (self._class_counts(label, logits.shape[1]) for label in (judged.label, usable(batch)))
+        labels = (judged.label, usable(batch))
+        counts = (torch.bincount(label[label != void], minlength=logits.shape[1]).double() for label in labels)
         of_class = class_share_weights(*(ranks.total(count) for count in counts))
-        shares = of_class[judged.label.masked_fill(judged.label == self.ignore_index, 0)]
+        shares = of_class[judged.label.masked_fill(judged.label == void, 0)]
         judged = judged._replace(weight=shares * judged.weight)
         # A class masked out with -inf would make T's gradient 0 * inf.
         calibrated = logits.clamp(min=LOGIT_FLOOR) / temperature
         weight = self.judged_weight(ranks, judged)
-        loss = self.outer_loss(calibrated, judged.label, weight, ignore_index=self.ignore_index)
+        loss = self.outer_loss(calibrated, judged.label, weight, ignore_index=void)
         grads = ranks.average(torch.autograd.grad(loss, self.meta_parameters), self.meta_parameters)
         return Learned(grads, temperature, outer_loss_before=float(ranks.average_number(loss)))
-
-    def _class_counts(self, label: Tensor, num_classes: int) -> Tensor:
-        return torch.bincount(label[label != self.ignore_index], minlength=num_classes).double()
