@@ -1,11 +1,14 @@
 """The loop of `plain_loop.py` as a LightningModule, with DA-Cal wrapped around it.
 
-    pip install -e '.[lightning]'
+    pip install -e '.[lightning,torchmetrics]'
     python examples/lightning_loop.py                       # twenty seconds on two cores
     python examples/lightning_loop.py --learner bilevel     # with temperatures that learn by the bilevel step
 
 Lightning owns the loop, the backward pass, the optimizer's step, devices and checkpoints; DA-Cal needs three of its hooks: the
 optimizer is known in `on_fit_start`, `training_step` calls it, and its state goes with the checkpoint.
+
+With several processes each sees its own images. Two ways to log everybody's figures are shown: `CalibrationStats`, which has
+everything and is summed by `sync`, and `CalibrationMetric`, one figure that Lightning sums and resets by itself.
 """
 
 import argparse
@@ -20,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from dacal_addon import DACal, soft_cross_entropy
+from dacal_addon.integrations.torchmetrics import CalibrationMetric
 from dacal_addon.learners import LEARNERS
 from dacal_addon.metrics import CalibrationStats
 
@@ -47,6 +51,7 @@ class SelfTraining(lightning.LightningModule):
         self.student = network()
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.stats = CalibrationStats(CLASSES, input="logits")
+        self.ece = CalibrationMetric(CLASSES, input="logits", metric="ece")
         # DA-Cal: what to set up once. No submodule: Lightning's optimizers, DDP and summaries shall not see it.
         options: Dict[str, Any] = {"learner": learner, "warmup": warmup} if learner else {}
         self.dacal = DACal(self.student, self.teacher, num_classes=CLASSES, threshold=0.8, **options)
@@ -89,11 +94,14 @@ class SelfTraining(lightning.LightningModule):
                 copied.copy_(original)
 
     def validation_step(self, batch: Batch, index: int) -> None:
-        self.stats.update(self.student(batch[2]), batch[3])
+        logits = self.student(batch[2])
+        self.ece.update(logits, batch[3])
+        self.log("target ECE", self.ece)  # summed over the processes at the end of the epoch, and reset
+        self.stats.update(logits, batch[3])
 
     def on_validation_epoch_end(self) -> None:
-        self.stats.sync()  # each process has seen its own images only
-        self.log_dict({"target mIoU": self.stats.miou(), "target ECE": self.stats.ece()})
+        self.stats.sync()  # everybody's from here on; without it, these would be the first process's images
+        self.log("target mIoU", self.stats.miou())
         self.stats.reset()
 
 

@@ -17,8 +17,8 @@ def predictions(seed=0, shape=(3, 4, 5, 6), dtype=torch.float64, sharpness=3.0, 
 
 
 def flat(z, target):
-    """Probabilities (P, C) and labels (P,) of the valid pixels."""
-    p = softmax(z.double().numpy(), axis=1).transpose(0, 2, 3, 1).reshape(-1, z.shape[1])
+    """Probabilities (P, C) and labels (P,) of the valid pixels, of any number of spatial dimensions."""
+    p = np.moveaxis(softmax(z.double().numpy(), axis=1), 1, -1).reshape(-1, z.shape[1])
     y = target.numpy().reshape(-1)
     return p[y != 255], y[y != 255]
 

@@ -9,11 +9,13 @@ from oracles import predictions
 from dacal_addon import metrics
 from dacal_addon.metrics import CalibrationStats, functional
 from dacal_addon.metrics.catalogue import CATALOGUE
+from dacal_addon.metrics.figures import FIGURES
 
 # What else there is: counting, state, and results that are no single figure.
-METHODS = {"update", "merge", "sync", "reset", "state_dict", "load_state_dict"}
-METHODS |= {"confusion", "class_pixels", "iou", "reliability", "plot", "bootstrap"}
-NAMES = {"Bootstrap", "CalibrationStats", "ReliabilityTable", "boundary_mask", "reliability"}
+METHODS = {"update", "merge", "sync", "reset", "to", "state_dict", "load_state_dict"}
+METHODS |= {"confusion", "class_pixels", "predicted_confidence", "iou", "reliability", "selective"}
+METHODS |= {"compute", "remarks", "bootstrap"}
+NAMES = {"Bootstrap", "CalibrationStats", "ReliabilityTable", "ThresholdTable", "boundary_mask", "reliability"}
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,7 @@ def test_every_list_of_metrics_is_the_catalogue():
     methods = {name for name, _ in inspect.getmembers(CalibrationStats, inspect.isfunction) if not name.startswith("_")}
     assert methods - METHODS == set(CATALOGUE)
     assert set(metrics.__all__) - NAMES == set(CATALOGUE)
+    assert set(FIGURES) == {key for key, metric in CATALOGUE.items() if not metric.classwise}
     assert {name for name in vars(functional) if name in CATALOGUE} == set(CATALOGUE)
     assert len(metrics.__all__) == len(set(metrics.__all__))
 
@@ -67,8 +70,9 @@ def test_the_catalogue_knows_what_a_metric_needs(case, key):
     top1 = CalibrationStats(4, input="top1")
     top1.update(tuple(torch.softmax(z.double(), 1).max(1)), target)
     for one, refused in ((few, CATALOGUE[key].classwise), (top1, CATALOGUE[key].distribution)):
+        assert (key in one.compute()) == (not refused)
         if refused:
             with pytest.raises(RuntimeError, match=r"expected (the probability of every class|counts of every class's)"):
                 getattr(one, key)()
         else:
-            assert getattr(one, key)() == pytest.approx(getattr(stats, key)(), rel=1e-6)
+            assert getattr(one, key)() == one.compute()[key] == pytest.approx(getattr(stats, key)(), rel=1e-6)

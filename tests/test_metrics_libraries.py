@@ -31,6 +31,17 @@ def test_torchmetrics(case, norm):
     assert stats.ece(norm=norm) == pytest.approx(float(other.compute()), abs=2e-7)  # in float32
 
 
+@pytest.mark.parametrize("ignored", [0, 3, 255])
+def test_torchmetrics_leaves_an_ignored_class_out_of_its_mean(case, ignored):
+    z, target, *_ = case
+    target = torch.where(target == 255, torch.full_like(target, ignored), target)
+    other = torchmetrics.MulticlassJaccardIndex(num_classes=6, ignore_index=ignored)
+    other.update(z, target)
+    stats = CalibrationStats(6, input="logits", ignore_index=ignored)
+    stats.update(z, target)
+    assert stats.miou() == pytest.approx(float(other.compute()), abs=2e-7)  # in float32
+
+
 def test_torchmetrics_closes_its_bins_on_the_left(case):
     """A confidence of 3/4 is in (1/2, 3/4] here and in [3/4, 1) there: another bin, another error."""
     x = torch.tensor([[0.75, 0.25], [0.9, 0.1]]).T.reshape(1, 2, 1, 2)

@@ -49,6 +49,9 @@ def check(rank, size):
                 assert got[name].numpy() == pytest.approx(value.numpy(), rel=1e-12, abs=1e-12), name
     assert stats.images == 7
     assert stats.ece(reduce="image_mean") == pytest.approx(whole.ece(reduce="image_mean"), abs=1e-12)
+    assert stats.ignored_pixels == whole.ignored_pixels >= 600
+    drawn, expected = (one.bootstrap("miou", replicates=20).samples for one in (stats, whole))
+    assert torch.equal(drawn, expected)
     for call in (stats.sync, lambda: stats.update(z, target)):
         with pytest.raises(RuntimeError, match=r"sync: expected counts that were not|update: expected counts of this process"):
             call()
@@ -63,9 +66,10 @@ def check(rank, size):
     assert stats.images == 7
     stats.update(z, target)  # a group of one has summed nothing
 
-    others = CalibrationStats(5, input="logits", n_bins=15 + rank)
-    with pytest.raises(ValueError, match="sync: expected the same settings in every process, got CalibrationStats"):
-        others.sync()
+    for different in ({"n_bins": 15 + rank}, {"ignore_index": tuple(range(254, 255 + rank))}):
+        others = CalibrationStats(5, input="logits", **different)
+        with pytest.raises(ValueError, match="sync: expected the same settings in every process, got CalibrationStats"):
+            others.sync()
 
 
 @pytest.mark.parametrize("size", SHARES)

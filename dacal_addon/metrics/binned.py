@@ -12,7 +12,10 @@ NORMS = ("l1", "l2", "max")
 
 
 class Cells(NamedTuple):
-    """Pixels by their confidence (or the probability of one class), in its order: one entry a cell, or a bin. All float64."""
+    """Pixels by their confidence (or the probability of one class), in its order: one entry a cell, or a bin.
+
+    All float64 of one shape (..., cells): leading dimensions are sets of pixels of their own, such as the bootstrap's draws.
+    """
 
     pixels: np.ndarray
     """How many."""
@@ -37,19 +40,33 @@ class ReliabilityTable(NamedTuple):
     """(n_bins,) float64: the share that is right, NaN for an empty bin."""
 
 
-def width_bins(cells: Cells, bin_of_cell: np.ndarray, n_bins: int) -> Cells:
+def width_bins(cells: Cells, bin_of_cell: np.ndarray) -> Cells:
     """Sum the cells of every bin of equal width: exact, since no cell crosses an edge.
+
+    Args:
+        cells: (..., K).
+        bin_of_cell: (K,) integers, 0 first, and then each the one before or the next.
+
+    Returns:
+        (..., n_bins).
 
     Example:
         >>> cells = Cells(np.array([2.0, 0.0, 4.0]), np.array([1.0, 0.0, 3.0]), np.array([0.2, 0.0, 3.2]))
-        >>> width_bins(cells, np.array([0, 1, 1]), 2).pixels
+        >>> width_bins(cells, np.array([0, 1, 1])).pixels
         array([2., 4.])
     """
-    return Cells(*(np.bincount(bin_of_cell, column, minlength=n_bins) for column in cells))
+    first = np.flatnonzero(np.diff(bin_of_cell, prepend=-1))
+    return Cells(*(np.add.reduceat(column, first, axis=-1) for column in cells))
 
 
 def mass_bins(cells: Cells, n_bins: int) -> Cells:
     """Bins that hold the same number of pixels. A cell that crosses an edge is split in proportion, so no order is made up.
+
+    Args:
+        cells: (..., K).
+
+    Returns:
+        (..., n_bins).
 
     Example:
         >>> cells = Cells(np.array([2.0, 0.0, 4.0]), np.array([1.0, 0.0, 3.0]), np.array([0.2, 0.0, 3.2]))
@@ -58,18 +75,31 @@ def mass_bins(cells: Cells, n_bins: int) -> Cells:
 
     Source: Nixon et al., Measuring Calibration in Deep Learning (CVPR workshops 2019), adaptive calibration error.
     """
+    leading = cells.pixels.shape[:-1]
+    rows = zip(*(column.reshape(-1, column.shape[-1]) for column in cells))
+    split = [_mass_bins(Cells(*row), n_bins) for row in rows]
+    return Cells(*(np.array(column).reshape(*leading, n_bins) for column in zip(*split)))
+
+
+def _mass_bins(cells: Cells, n_bins: int) -> Cells:
     below = np.concatenate([[0.0], np.cumsum(cells.pixels)])
     at = below[-1] * np.arange(n_bins + 1) / n_bins
     sums = (np.concatenate([[0.0], np.cumsum(column)]) for column in cells)
     return Cells(*(np.diff(np.interp(at, below, column)) for column in sums))
 
 
-def calibration_error(bins: Cells, *, norm: str = "l1", debias: bool = False) -> float:
+def calibration_error(bins: Cells, *, norm: str = "l1", debias: bool = False) -> np.ndarray:
     """Distance of accuracy and confidence over the bins: mean ("l1"), root mean square ("l2") or largest ("max"); NaN if empty.
+
+    Args:
+        bins: (..., n_bins).
+
+    Returns:
+        (...) float64, in 0..1.
 
     Example:
         >>> bins = Cells(np.array([2.0, 4.0]), np.array([1.0, 3.0]), np.array([0.2, 3.2]))  # gaps 0.4 and 0.05
-        >>> [round(calibration_error(bins, norm=norm), 6) for norm in ("l1", "l2", "max")]
+        >>> [round(float(calibration_error(bins, norm=norm)), 6) for norm in ("l1", "l2", "max")]
         [0.166667, 0.234521, 0.4]
 
     Sources: "l1" Naeini et al. (AAAI 2015), Guo et al. (ICML 2017, eq. 3); "max" the same (eq. 5); "l2" and its debiased
@@ -80,20 +110,21 @@ def calibration_error(bins: Cells, *, norm: str = "l1", debias: bool = False) ->
     if debias and norm != "l2":
         remedy = "pass norm='l2', or debias=False"
         raise problem("calibration_error", expected="norm='l2' with debias=True", got=f"norm={norm!r}", remedy=remedy)
-    pixels, correct, confidence = (column[bins.pixels > 0] for column in bins)
-    if not len(pixels):
-        return float("nan")
-    gap = (correct - confidence) / pixels
-    weight = pixels / pixels.sum()
+    filled = bins.pixels > 0
+    pixels = np.where(filled, bins.pixels, 1.0)
+    gap = np.where(filled, bins.correct - bins.confidence, 0.0) / pixels
+    total = bins.pixels.sum(-1, keepdims=True)
+    # Without a pixel everything is NaN.
+    weight = bins.pixels / np.where(total > 0, total, np.nan)
     if norm == "max":
-        return float(np.abs(gap).max())
+        return np.asarray(np.abs(gap + 0 * weight).max(-1))
     if norm == "l1":
-        return float((weight * np.abs(gap)).sum())
+        return np.asarray((weight * np.abs(gap)).sum(-1))
     square = gap**2
     if debias:
-        accuracy, more = correct / pixels, pixels > 1
+        accuracy, more = bins.correct / pixels, bins.pixels > 1
         square = np.where(more, square - accuracy * (1 - accuracy) / np.where(more, pixels - 1, 1), 0.0)
-    return float(np.sqrt(max(0.0, (weight * square).sum())))
+    return np.asarray(np.sqrt(np.maximum(0.0, (weight * square).sum(-1))))
 
 
 def tabulate(bins: Cells, edges: np.ndarray, *, whole: bool) -> ReliabilityTable:

@@ -5,18 +5,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._check import as_whole, describe, problem
+from ..ignoring import IgnoreIndex, is_ignored
 from .arrays import Array, as_tensor
 
 
-def boundary_mask(target: Array, width: int, *, ignore_index: int = 255) -> Tensor:
+def boundary_mask(target: Array, width: int, *, ignore_index: IgnoreIndex = 255) -> Tensor:
     """Which pixels have another class within `width` pixels, diagonals included; to be passed as `region`.
 
     Args:
-        target: (N, H, W) integer classes, or `ignore_index`, which is no class: next to it is no boundary.
-        width: >= 1, in pixels.
+        target: (N, *S) integer classes, S any number >= 1 of spatial dimensions; or labels of `ignore_index`, which are no
+            classes: next to them is no boundary.
+        width: >= 1, in pixels, in every dimension.
 
     Returns:
-        (N, H, W) bool on the target's device; False at ignored pixels.
+        (N, *S) bool on the target's device; False at ignored pixels.
 
     Raises:
         ValueError, TypeError: another shape or kind, or a width below 1.
@@ -27,19 +29,20 @@ def boundary_mask(target: Array, width: int, *, ignore_index: int = 255) -> Tens
 
     Source: the boundary regions of Ding et al., Local Temperature Scaling for Probability Calibration (ICCV 2021, section 4).
     """
-    as_whole("boundary_mask", "width", width, low=1)
+    width = as_whole("boundary_mask", "width", width, low=1)
     label = as_tensor("boundary_mask", "target", target)
-    if label.is_floating_point() or label.dtype == torch.bool or label.dim() != 3:
-        expected = "target: an integer array (N, H, W)"
-        raise problem("boundary_mask", expected=expected, got=describe(label), remedy="pass class indices")
-    masks = [_of_one(one.long(), min(width, max(one.shape)), ignore_index) for one in label if label.numel()]
+    if label.is_floating_point() or label.dtype == torch.bool or label.dim() < 2:
+        expected = "target: an integer array (N, *spatial)"
+        remedy = "pass class indices, with a leading dimension of images"
+        raise problem("boundary_mask", expected=expected, got=describe(label), remedy=remedy)
+    masks = [_of_one(one.long(), width, ignore_index) for one in label if label.numel()]
     return torch.stack(masks) if masks else torch.zeros(label.shape, dtype=torch.bool, device=label.device)
 
 
-def _of_one(label: Tensor, width: int, ignore_index: int) -> Tensor:
+def _of_one(label: Tensor, width: int, ignore_index: IgnoreIndex) -> Tensor:
     # A pixel is near a boundary where the largest and the smallest class of its window differ. Ignored pixels must be neither;
     # pooling pads with -inf, which is neither too.
-    void = label == ignore_index
+    void = is_ignored(label, ignore_index)
     values = label.double()
     below = torch.full_like(values, -float("inf"))
     highest, lowest = (_window_max(torch.where(void, below, signed), width) for signed in (values, -values))
@@ -47,6 +50,11 @@ def _of_one(label: Tensor, width: int, ignore_index: int) -> Tensor:
 
 
 def _window_max(values: Tensor, width: int) -> Tensor:
-    """Maximum over (2 width + 1)^2 pixels, rows first: a square window is a product of two."""
-    rows = F.max_pool2d(values[None, None], (2 * width + 1, 1), 1, (width, 0))
-    return F.max_pool2d(rows, (1, 2 * width + 1), 1, (0, width))[0, 0]
+    """Maximum over 2 width + 1 pixels in every dimension, one dimension after the other: the window is a product."""
+    for dimension, extent in enumerate(values.shape):
+        reach = min(width, extent)
+        # As the rows of an image, whose columns are all dimensions behind and whose channels those in front.
+        front, behind = values.shape[:dimension].numel(), values.shape[dimension + 1 :].numel()
+        rows = values.reshape(1, front, extent, behind)
+        values = F.max_pool2d(rows, (2 * reach + 1, 1), 1, (reach, 0)).view(values.shape)
+    return values

@@ -1,9 +1,9 @@
 """Every metric, once: its name, what it is, and what those who show or compute it need to know.
 
 Read by `stats` (what can be bootstrapped), the tests (a function each) and `evaluate` (the report and its page). To add a
-metric, write it as a pure function of counts (as in `ordered`), give `CalibrationStats` a method and `functional` a function
-with the key's name, enter it here, and test it against its definition; interval, report and page follow. One that needs a new
-sum also has a field in `totals`, filled in `pixels`.
+metric, write it as a pure function of counts in `figures`, give `CalibrationStats` a method and `functional` a function with
+the key's name, enter it here, and test it against its definition; interval, report and page follow. One that needs a new sum
+also has a field in `totals` and in `images`, filled in `pixels`.
 """
 
 from typing import Dict, NamedTuple
@@ -83,7 +83,8 @@ _METRICS = (
         "miou",
         "mIoU",
         "%",
-        "Intersection over union, pooled over all images, mean over the classes that occur (Everingham et al., IJCV 2010).",
+        "Intersection over union, pooled over all images, mean over the classes that occur and are not ignored (Everingham et "
+        "al., IJCV 2010).",
     ),
     Metric(
         "classwise_ece",

@@ -1,64 +1,55 @@
-"""Calibration statistics of any number of images in constant memory."""
+"""Every metric of any number of images, counted in constant memory."""
 
+import copy
 import functools
 import math
-from operator import methodcaller
-from typing import Any, Callable, Dict, List, Optional, Tuple, TypeVar, Union, cast
+from contextlib import ExitStack
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, Union, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .._check import as_whole, check_choice, check_number, describe, problem
-from ..ranks import Ranks
-from . import ordered, smooth
-from . import totals as _totals
-from .arrays import Array, Predictions, as_batch
-from .binned import NORMS, Cells, ReliabilityTable, calibration_error, mass_bins, tabulate, width_bins
-from .bootstrap import Bootstrap, percentile_interval, resampled
-from .catalogue import CATALOGUE
-from .grid import Grid, cell_count, make_grid
-from .pixels import Judge, Settings, count_, fault, judge
-from .totals import Totals
+from .._check import as_whole, check_choice, check_number, problem
+from ..progress import Progress
+from . import figures
+from .binned import Cells, ReliabilityTable, calibration_error, mass_bins, tabulate, width_bins
+from .bootstrap import Bootstrap, CountsOfImages, Drawn, draws, percentile_interval
+from .catalogue import CATALOGUE, Metric
+from .counting import Counting
+from .figures import FIGURES, CountsOfTotals
+from .grid import Grid, make_grid
+from .images import pack
+from .remarks import remarks
+from .selective import ThresholdTable, selective
 
-INPUTS = ("logits", "probs", "log_probs", "top1")
-_Method = TypeVar("_Method", bound=Callable[..., Any])
+_Measure = Callable[["CalibrationStats"], float]
 # Images keep no class-wise counts.
 _BOOTSTRAPPED = [key for key, metric in CATALOGUE.items() if not metric.classwise]
-# The confusion matrix has the square of it.
-_MOST_CLASSES = 4096
-_MOST_BINS = 10_000
 
 
-def _counting(method: _Method) -> _Method:
-    """Without graphs, and with tensors that can be written to later: evaluation loops run in `torch.inference_mode`."""
-
-    @functools.wraps(method)
-    def inner(*arguments: Any, **options: Any) -> Any:
-        with torch.no_grad():
-            if not hasattr(torch, "inference_mode"):
-                return method(*arguments, **options)
-            with torch.inference_mode(False):
-                return method(*arguments, **options)
-
-    return cast(_Method, inner)
-
-
-class CalibrationStats:
+class CalibrationStats(Counting):
     """Counts pixels by their confidence, exactly and in constant memory, and gives every metric of them.
 
     Args:
-        num_classes: C >= 2.
+        num_classes: C in 2..4096.
         input: what `update` gets: "logits", "probs" (they sum to 1 over C), "log_probs", or "top1", a pair (confidence,
             predicted class), which has no NLL, Brier score or class-wise errors. Nothing is guessed from the values.
-        ignore_index: the label of pixels that do not count; it may be one of the classes.
+        ignore_index: the label, or several, of pixels that do not count, as the arrays have them. They may be classes, which
+            every mean over the classes then leaves out. None: 255, unless it is a class; all pixels count then, and a warning
+            says so.
         n_bins: bins of the reliability diagram and of ECE, at most 10,000.
         fine_bins: cells for equal mass, KS, smooth ECE and AURC, which take pixels of one cell for equal: a power of two from
             256 to 65536. With 4096, a cell is 0.0005 wide, and towards 1 half a percent of the doubt.
         classwise: count the probability of every class too, for `classwise_ece`; four to eight times slower.
-        per_image: keep the counts of every image (150 KB each with the defaults), for `bootstrap` and image means.
+        per_image: keep the counts of every image, for `bootstrap` and image means: those that are not zero, at most 180 KB
+            with the defaults and 12 bytes a pair of classes that occurs. An image is a volume where there are three dimensions.
         device: of the counts; pixels are judged on the device they are on.
         compile: judge pixels with `torch.compile` (torch >= 2.0 and, on a CPU, a C++ compiler; some seconds at the first call).
+        one_channel: `update` gets one sigmoid channel, (N, 1, *S) logits or probabilities of class 1; `num_classes` is 2.
+        channels_last: `update` gets (N, *S, C).
+        reduce_zero_label: label 0 does not count and label k is class k - 1, as ADE20K's annotations are; `ignore_index` speaks
+            of the labels as they are.
 
     Memory: the counts (150 KB with the defaults) and a few MB of scratch (on a GPU, by estimate, 120), whatever the size and
     number of images.
@@ -66,7 +57,8 @@ class CalibrationStats:
     batches and their order do not matter. Predictions are the first largest score, as `argmax`.
 
     Raises:
-        ValueError: a number outside its range.
+        ValueError: a number outside its range, or settings that do not go together.
+        UserWarning (a warning): class 255 counts, since nothing was said of it.
         RuntimeError: `compile` without `torch.compile`.
 
     Example:
@@ -76,200 +68,6 @@ class CalibrationStats:
         >>> stats.accuracy(), stats.mean_confidence(), stats.ece(), stats.brier()
         (0.5, 0.6875, 0.1875, 0.453125)
     """
-
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        input: str,
-        ignore_index: int = 255,
-        n_bins: int = 15,
-        fine_bins: int = 4096,
-        classwise: bool = False,
-        per_image: bool = False,
-        device: Union[str, torch.device, None] = None,
-        compile: bool = False,
-    ) -> None:
-        name = "CalibrationStats"
-        as_whole(name, "num_classes", num_classes, low=2, high=_MOST_CLASSES)
-        check_choice(name, "input", input, INPUTS)
-        as_whole(name, "n_bins", n_bins, low=1, high=_MOST_BINS)
-        as_whole(name, "ignore_index", ignore_index, low=-(1 << 52), high=1 << 52)
-        as_whole(name, "fine_bins", fine_bins, low=1)
-        if fine_bins not in {1 << power for power in range(8, 17)}:
-            remedy = "take 4096, or more for many classes"
-            raise problem(name, expected="fine_bins: a power of two from 256 to 65536", got=repr(fine_bins), remedy=remedy)
-        if classwise and input == "top1":
-            remedy = "pass probabilities or logits, or classwise=False"
-            raise problem(
-                name, expected="the probability of every class with classwise=True", got="input='top1'", remedy=remedy
-            )
-        self._settings = Settings(num_classes, input, ignore_index, n_bins, fine_bins, classwise)
-        self.per_image = per_image
-        self.device = torch.device("cpu" if device is None else device)
-        self.compile = compile
-        self._compiled = _compile(name) if compile else None
-        self._synced = False
-        self._totals = self._zeros(self.device)
-        self._images: List[Totals] = []
-
-    # What it is
-
-    @property
-    def num_classes(self) -> int:
-        """C."""
-        return self._settings.num_classes
-
-    @property
-    def input(self) -> str:
-        """What `update` gets."""
-        return self._settings.input
-
-    @property
-    def pixels(self) -> int:
-        """Valid pixels so far."""
-        return int(self._totals.pixels.sum())
-
-    @property
-    def images(self) -> int:
-        """Images so far, with or without valid pixels."""
-        return int(self._totals.images)
-
-    def __getstate__(self) -> Dict[str, Any]:
-        return {**self.__dict__, "_compiled": None}  # a compiled function cannot be pickled
-
-    def __setstate__(self, state: Dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._compiled = _compile("CalibrationStats") if self.compile else None
-
-    def __repr__(self) -> str:
-        settings = {**self._settings._asdict(), "per_image": self.per_image}
-        listed = ", ".join(f"{key}={value!r}" for key, value in settings.items())
-        return f"CalibrationStats({listed}): {self.images} images, {self.pixels} pixels"
-
-    # Counting
-
-    @_counting
-    def update(self, x: Predictions, target: Array, region: Optional[Array] = None) -> None:
-        """Count a batch; torch or numpy, on any device, contiguous or not. Nothing is kept of it but counts.
-
-        Args:
-            x: (N, C, H, W) floating, what `input` says; for "top1" a pair of (N, H, W), floating in 0..1 and integer.
-            target: (N, H, W) integers: classes, or `ignore_index`.
-            region: (N, H, W) bool, the pixels to count, for example `boundary_mask(target, 3)`; all if None.
-
-        Raises:
-            ValueError: another shape; NaN or infinity, probabilities that do not sum to 1, stray labels, at a pixel that
-                counts. Nothing of the batch has been counted then.
-            TypeError: another kind of array.
-            RuntimeError: the counts were already summed over the processes by `sync`.
-        """
-        if self._synced:
-            remedy = "call reset() first; the other processes would not learn of this batch"
-            raise problem(
-                "update", expected="counts of this process alone", got="counts after sync()", remedy=remedy, error=RuntimeError
-            )
-        scores, label, judged = as_batch("update", x, target, region, num_classes=self.num_classes, input=self.input)
-        parts = [slice(i, i + 1) for i in range(len(label))] if self.per_image else [slice(None)]
-        counted = []
-        for part in parts:
-            counts = self._zeros(label.device)
-            one = scores[part] if isinstance(scores, Tensor) else (scores[0][part], scores[1][part])
-            batch = one, label[part], None if judged is None else judged[part]
-            if not count_(counts, *batch, self._settings, self._compiled):
-                raise fault(*batch, self._settings, function="update")
-            counted.append(Totals(*(field.to(self.device) for field in counts)))
-        for counts in counted:
-            _totals.add_(self._totals, counts)
-        if self.per_image:
-            self._images += [_totals.without_classes(counts) for counts in counted]
-
-    @_counting
-    def merge(self, other: "CalibrationStats") -> None:
-        """Add what another one has counted, with the same settings; its images follow after this one's.
-
-        Raises:
-            ValueError: other settings. TypeError: something else. RuntimeError: only one of them has been summed by `sync`.
-        """
-        if not isinstance(other, CalibrationStats):
-            remedy = "pass a CalibrationStats"
-            raise problem("merge", expected="a CalibrationStats", got=type(other).__name__, remedy=remedy, error=TypeError)
-        if (self._settings, self.per_image) != (other._settings, other.per_image):
-            raise problem("merge", expected=repr(self), got=repr(other), remedy="construct both with the same settings")
-        if self._synced != other._synced:
-            remedy = "merge before sync(), or after it on both"
-            got = "counts of one process and of all"
-            raise problem("merge", expected="both before sync() or both after it", got=got, remedy=remedy, error=RuntimeError)
-        images = [Totals(*(field.to(self.device) for field in one)) for one in other._images]
-        _totals.add_(self._totals, other._totals)
-        self._images += images
-
-    @_counting
-    def sync(self, group: Any = None) -> None:
-        """Sum over all processes of a group of `torch.distributed`, in place, so that each has the counts of all.
-
-        By all-reduces (SUM) alone. Every process of the group has to call it, also one that has counted nothing. Images
-        follow in the order of the ranks. Without `torch.distributed` initialised, nothing happens.
-
-        Raises:
-            RuntimeError: called twice, which would count everything several times; `reset` first.
-        """
-        ranks = Ranks(group)
-        if ranks.size == 1:
-            return
-        if self._synced:
-            remedy = "call reset() before the next epoch's updates"
-            raise problem(
-                "sync", expected="counts that were not summed yet", got="a second call", remedy=remedy, error=RuntimeError
-            )
-        self._check_same_settings(ranks)
-        counts = Totals(*(ranks.total(field) for field in self._totals))
-        images = []
-        if self.per_image:
-            # Every process puts its images into a place of their own, and the sum puts them together.
-            lengths = torch.zeros(ranks.size, dtype=torch.int64)
-            lengths[ranks.rank] = len(self._images)
-            lengths = ranks.total(lengths)
-            begin = int(lengths[: ranks.rank].sum())
-            stacked = []
-            for field in _totals.stack(self._images, like=_totals.without_classes(self._totals)):
-                everyones = field.new_zeros((int(lengths.sum()), *field.shape[1:]))
-                everyones[begin : begin + len(field)] = field
-                stacked.append(ranks.total(everyones))
-            images = _totals.unstack(Totals(*stacked))
-        self._totals, self._images, self._synced = counts, images, True
-
-    def reset(self) -> None:
-        """Forget everything that was counted."""
-        self._totals, self._images, self._synced = self._zeros(self.device), [], False
-
-    def state_dict(self) -> Dict[str, Any]:
-        """Settings and counts, as plain values and tensors; for `torch.save`."""
-        images = _totals.stack(self._images, like=_totals.without_classes(self._totals))
-        return {
-            "settings": {**self._settings._asdict(), "per_image": self.per_image},
-            "totals": {name: field.clone() for name, field in self._totals._asdict().items()},
-            "images": images._asdict(),
-            "synced": self._synced,
-        }
-
-    @_counting
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Put back what `state_dict` gave; the counts so far are dropped.
-
-        Raises:
-            ValueError: counts of other settings, or of other shapes and kinds. KeyError: not such a state.
-        """
-        mine = {**self._settings._asdict(), "per_image": self.per_image}
-        if state["settings"] != mine:
-            remedy = "construct it with the settings of the saved one"
-            raise problem("load_state_dict", expected=f"counts for {mine}", got=f"for {state['settings']}", remedy=remedy)
-        like = self._zeros(torch.device("cpu"))
-        few = _totals.without_classes(like)
-        length = int(state["totals"]["images"]) if self.per_image else 0
-        counts = Totals(*(self._loaded(state["totals"], name, field, ()) for name, field in like._asdict().items()))
-        images = Totals(*(self._loaded(state["images"], name, field, (length,)) for name, field in few._asdict().items()))
-        self._totals, self._images, self._synced = counts, _totals.unstack(images), bool(state["synced"])
 
     # Metrics of calibration
 
@@ -289,16 +87,16 @@ class CalibrationStats:
         Sources: Naeini et al. (AAAI 2015); Guo et al. (ICML 2017); "mass" Nixon et al. (CVPRW 2019); "l2" and `debias` Kumar
         et al. (NeurIPS 2019); "image_mean" Ding et al. (ICCV 2021).
         """
-        check_choice("ece", "norm", norm, NORMS)
         check_choice("ece", "reduce", reduce, ("pooled", "image_mean"))
-        if debias and norm != "l2":
-            raise problem("ece", expected="norm='l2' with debias=True", got=f"norm={norm!r}", remedy="pass norm='l2'")
+        options: Dict[str, Any] = {"norm": norm, "binning": binning, "debias": debias}
         if reduce == "pooled":
-            return calibration_error(self._bins(self._totals, binning), norm=norm, debias=debias)
+            return float(figures.ece(self._counts, **options))
         self._need_images("ece with reduce='image_mean'")
-        errors = [calibration_error(self._bins(one, binning), norm=norm, debias=debias) for one in self._images]
-        errors = [error for error in errors if not math.isnan(error)]
-        return math.fsum(errors) / len(errors) if errors else math.nan
+        if not self._images:
+            return math.nan
+        errors = figures.ece(CountsOfImages(pack(self._images, self._totals), self._settings), **options)
+        errors = errors[~np.isnan(errors)]
+        return math.fsum(errors) / len(errors) if len(errors) else math.nan
 
     def mce(self, *, binning: str = "width") -> float:
         """Maximum calibration error, `ece(norm="max")`: a single pixel in a bin of its own can set it. In 0..1."""
@@ -306,11 +104,11 @@ class CalibrationStats:
 
     def ks(self) -> float:
         """Kolmogorov-Smirnov calibration error, which has no bins; see `ordered.ks`. In 0..1, to the width of a cell."""
-        return ordered.ks(self._cells(self._totals))
+        return float(figures.ks(self._counts))
 
     def smece(self) -> float:
         """Smooth calibration error; see `smooth.smece`. In 0..1, to the width of a cell."""
-        return smooth.smece(self._cells(self._totals))
+        return float(figures.smece(self._counts))
 
     def classwise_ece(
         self, average: Optional[str] = "macro", *, norm: str = "l1", binning: str = "width"
@@ -318,8 +116,9 @@ class CalibrationStats:
         """Calibration error of every class's probability, over all pixels and not only where that class is predicted. In 0..1.
 
         Args:
-            average: "macro", the mean over the classes; "prevalence", weighted by their share of the target; None, all of
-                them, (C,) float64. Most pixels have a probability near 0 of most classes, which makes the mean small.
+            average: "macro", the mean over the classes that are not ignored; "prevalence", weighted by their share of the
+                target; None, all of them, (C,) float64, NaN for an ignored one. Most pixels have a probability near 0 of most
+                classes, which makes the mean small.
             norm, binning: see `ece`.
 
         Raises:
@@ -330,13 +129,16 @@ class CalibrationStats:
         if average not in ("macro", "prevalence", None):
             expected = "average to be 'macro', 'prevalence' or None"
             raise problem("classwise_ece", expected=expected, got=repr(average), remedy="choose one, for example 'macro'")
-        check_choice("classwise_ece", "norm", norm, NORMS)
-        errors = np.array([calibration_error(self._class_bins(c, binning), norm=norm) for c in range(self.num_classes)])
+        classes = range(self.num_classes)
+        errors = np.array([float(calibration_error(self._class_bins(c, binning), norm=norm)) for c in classes])
+        errors[list(self.ignored_classes)] = math.nan
         if average is None:
             return torch.from_numpy(errors)
         if not self.pixels:
             return math.nan
-        return float(np.average(errors, weights=self.class_pixels().numpy() if average == "prevalence" else None))
+        counted = [c for c in classes if c not in self.ignored_classes]
+        weights = self.class_pixels().numpy()[counted] if average == "prevalence" else None
+        return float(np.average(errors[counted], weights=weights))
 
     def brier(self) -> float:
         """Brier score: mean over the pixels of the sum over all classes of (probability - target)^2. In 0..2.
@@ -344,27 +146,27 @@ class CalibrationStats:
         Source: Brier (Monthly Weather Review 1950), in its original form, twice the one for two classes.
         """
         self._need_distribution("brier")
-        return self._mean(self._totals.brier)
+        return float(figures.brier(self._counts))
 
     def nll(self) -> float:
         """Mean negative log-likelihood of the target, in nats; infinite where a true class has probability 0."""
         self._need_distribution("nll")
-        return self._mean(self._totals.nll)
+        return float(figures.nll(self._counts))
 
     def aurc(self) -> float:
         """Area under the risk-coverage curve: how well confidence ranks right before wrong; see `ordered.aurc`. In 0..1,
         to the width of a cell."""
-        return ordered.aurc(self._cells(self._totals))
+        return float(figures.aurc(self._counts))
 
     def mean_confidence(self) -> float:
         """Mean of the largest probability over the pixels; above `accuracy`, a network is overconfident. In 0..1."""
-        return self._mean(self._totals.confidence.sum())
+        return float(figures.mean_confidence(self._counts))
 
     # Metrics of segmentation
 
     def accuracy(self) -> float:
         """Share of the pixels whose most probable class is the target. In 0..1."""
-        return self._mean(self._totals.correct.sum())
+        return float(figures.accuracy(self._counts))
 
     def confusion(self) -> Tensor:
         """Pixels by target (row) and predicted class: (C, C) int64."""
@@ -374,22 +176,64 @@ class CalibrationStats:
         """Target pixels of every class: (C,) int64."""
         return self.confusion().sum(1)
 
+    def predicted_confidence(self) -> Tensor:
+        """Mean confidence of the pixels predicted as each class: (C,) float64 in 0..1, NaN for one that is never predicted.
+
+        What it should equal is the precision of the class, `confusion().diag() / confusion().sum(0)`.
+        """
+        predicted = self._totals.confusion.sum(0).cpu().double()
+        return self._totals.predicted_confidence.cpu() / torch.where(predicted > 0, predicted, predicted * math.nan)
+
     def iou(self) -> Tensor:
-        """Intersection over union of every class, pooled over all images: (C,) float64, NaN for a class in neither."""
-        confusion = self.confusion().double()
-        intersection = confusion.diag()
-        return intersection / (confusion.sum(0) + confusion.sum(1) - intersection)
+        """Intersection over union of every class, pooled over all images: (C,) float64, NaN for a class in neither and for an
+        ignored one."""
+        return torch.from_numpy(figures.iou(self._counts))
 
     def miou(self) -> float:
-        """Mean of `iou` over the classes that occur in target or prediction. In 0..1.
+        """Mean of `iou` over the classes that occur in target or prediction and are not ignored. In 0..1.
 
         Source: the PASCAL VOC measure (Everingham et al., IJCV 2010).
         """
-        iou = self.iou()
-        iou = iou[~torch.isnan(iou)]
-        return float(iou.mean()) if len(iou) else math.nan
+        return float(figures.miou(self._counts))
 
     # Everything at once
+
+    def compute(self) -> Dict[str, float]:
+        """Every metric of the catalogue that `input` and `classwise` allow, by its name, in the catalogue's order."""
+        return {key: float(getattr(self, key)()) for key, metric in CATALOGUE.items() if self._has(metric)}
+
+    def remarks(self, class_names: Optional[Sequence[str]] = None) -> List[str]:
+        """What to know beside the figures, in sentences: classes that no target pixel has, and a share of ignored pixels above
+        20 %.
+
+        Args:
+            class_names: C of them; numbers by default.
+
+        Raises:
+            ValueError: another number of names.
+
+        Example:
+            >>> stats = CalibrationStats(3, input="logits")
+            >>> stats.update(torch.zeros(1, 3, 1, 4), torch.tensor([[[0, 1, 0, 255]]]))
+            >>> stats.remarks(["road", "sidewalk", "rider"])[0]
+            '1 of 3 classes has no target pixel: rider.'
+            >>> stats.remarks()[1]
+            '25.0 % of the pixels are ignored (1 of 4; labels 255).'
+        """
+        return remarks(self._totals, self._settings, class_names)
+
+    def selective(self, thresholds: Sequence[float]) -> ThresholdTable:
+        """How many pixels have at least a confidence, and how many of them are right; see `selective.selective`.
+
+        Args:
+            thresholds: of confidence, in 0..1; kept to the width of a cell.
+
+        Raises:
+            ValueError: no threshold, or one outside 0..1.
+
+        Source: Geifman & El-Yaniv (NIPS 2017).
+        """
+        return selective(self._counts.cells, thresholds)
 
     def reliability(self, *, binning: str = "width", of_class: Optional[int] = None) -> ReliabilityTable:
         """The reliability diagram as numbers.
@@ -402,10 +246,10 @@ class CalibrationStats:
             ValueError: another choice. RuntimeError: `of_class` without `classwise`.
         """
         if of_class is None:
-            cells, grid = self._cells(self._totals), self._grid
-            bins = self._bins(self._totals, binning)
+            cells, grid = self._counts.cells, self._grid
+            bins = self._binned(cells, grid, binning)
         else:
-            as_whole("reliability", "of_class", of_class, low=0, high=self.num_classes - 1)
+            of_class = as_whole("reliability", "of_class", of_class, low=0, high=self.num_classes - 1)
             bins = self._class_bins(of_class, binning)
             cells, grid = self._class_cells(of_class), self._class_grid
         edges = np.arange(self._settings.n_bins + 1) / self._settings.n_bins
@@ -414,28 +258,54 @@ class CalibrationStats:
             edges = np.interp(below[-1] * edges, below, grid.edges) if below[-1] else edges
         return tabulate(bins, edges, whole=binning == "width")
 
-    def plot(self, *, title: str = "") -> Any:
-        """The reliability diagram with the histogram of confidences: a matplotlib `Figure` (needs the extra `plot`)."""
-        from ..plots import reliability_diagram  # here, since pictures are made from metrics and not the other way round
-
-        return reliability_diagram({title: self.reliability()})
-
+    @overload
     def bootstrap(
         self,
-        metric: Union[str, Callable[["CalibrationStats"], float]] = "ece",
+        metric: Union[str, _Measure] = "ece",
         *,
         replicates: int = 1000,
         level: float = 0.95,
         generator: Optional[torch.Generator] = None,
+        progress: bool = False,
         **options: Any,
-    ) -> Bootstrap:
+    ) -> Bootstrap: ...
+
+    @overload
+    def bootstrap(
+        self,
+        metric: Union[List[str], Tuple[str, ...]],
+        *,
+        replicates: int = 1000,
+        level: float = 0.95,
+        generator: Optional[torch.Generator] = None,
+        progress: bool = False,
+    ) -> Dict[str, Bootstrap]: ...
+
+    def bootstrap(
+        self,
+        metric: Union[str, _Measure, List[str], Tuple[str, ...]] = "ece",
+        *,
+        replicates: int = 1000,
+        level: float = 0.95,
+        generator: Optional[torch.Generator] = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> Union[Bootstrap, Dict[str, Bootstrap]]:
         """Percentile interval of a metric, from images drawn with replacement: pixels of one image are not independent.
 
+        The same generator gives the same draws, whatever the metric. So of two networks judged on the same images in the same
+        order, `b.bootstrap(...).samples - a.bootstrap(...).samples` are paired differences.
+
         Args:
-            metric: the name of a method, in `catalogue`, called with `options`, or a function of a `CalibrationStats`.
+            metric: the name of a method, in `catalogue`, called with `options`; a list of names, all computed on the same
+                draws; or a function of a `CalibrationStats`, which has every draw counted out for it and takes longer.
             replicates: how many draws of as many images as there are.
             level: the share of the draws inside the interval.
             generator: of the draws, on the CPU; by default one with seed 0, so that the interval is reproducible.
+            progress: show a bar on standard error.
+
+        Returns:
+            a `Bootstrap`, and of a list one for each name.
 
         Raises:
             RuntimeError: without `per_image`, without an image, or for what images do not keep (`classwise_ece`).
@@ -444,38 +314,49 @@ class CalibrationStats:
         Source: Efron (Annals of Statistics 1979).
         """
         self._need_images("bootstrap")
-        as_whole("bootstrap", "replicates", replicates, low=1)
+        replicates = as_whole("bootstrap", "replicates", replicates, low=1)
         check_number("bootstrap", "level", level, low=0.0, high=1.0, rule="in 0..1")
-        if isinstance(metric, str):
-            check_choice("bootstrap", "metric", metric, _BOOTSTRAPPED)
-            measure: Callable[[CalibrationStats], float] = methodcaller(metric, **options)
-        elif callable(metric) and not options:
-            measure = metric
-        else:
-            expected = "metric: the name of a method, with its options, or a function of a CalibrationStats, without"
+        names = [metric] if isinstance(metric, str) else list(metric) if isinstance(metric, (list, tuple)) else []
+        for name in names:
+            check_choice("bootstrap", "metric", name, _BOOTSTRAPPED)
+        if not isinstance(metric, str) and (options or not (names or callable(metric))):
+            expected = "metric: the name of a method, with its options, or names or a function of a CalibrationStats, without"
             got = f"{type(metric).__name__} and {options}"
             raise problem("bootstrap", expected=expected, got=got, remedy="put the options into the function", error=TypeError)
-        if options.get("reduce") == "image_mean":
+        if options.pop("reduce", "pooled") == "image_mean":
             remedy = "average ece() of one CalibrationStats an image yourself"
             raise problem("bootstrap", expected="a metric of pooled pixels", got="reduce='image_mean'", remedy=remedy)
         if not self._images:
             raise problem("bootstrap", expected="at least one image", got="none", remedy="call update", error=RuntimeError)
         generator = torch.Generator().manual_seed(0) if generator is None else generator
-        drawn = CalibrationStats(**self._settings._replace(classwise=False)._asdict())
-        samples = []
-        for counts in resampled(self._images, replicates, generator):
-            drawn._totals = counts
-            samples.append(measure(drawn))
-        low, high = percentile_interval(samples, level)
-        return Bootstrap(measure(self), low, high, torch.tensor(samples, dtype=torch.float64))
+        counts = CountsOfImages(pack(self._images, self._totals), self._settings)
+        measures: Dict[str, Callable[[Drawn], Iterable[float]]]
+        if callable(metric):
+            measures, estimates = {"": self._one_by_one(metric, counts)}, {"": metric(self)}
+        else:
+            measures = {name: functools.partial(FIGURES[name], **options) for name in names}
+            estimates = {name: getattr(self, name)(**options) for name in names}
+        samples: Dict[str, List[float]] = {name: [] for name in measures}
+        with ExitStack() as stack:
+            bar = stack.enter_context(Progress("resampling images", replicates)) if progress else None
+            for weights in draws(len(self._images), replicates, generator):
+                drawn = Drawn(counts, weights)
+                for name, measure in measures.items():
+                    samples[name].extend(measure(drawn))
+                if bar is not None:
+                    for _ in weights:
+                        bar.advance()
+        found = {
+            name: Bootstrap(estimates[name], *percentile_interval(column, level), torch.tensor(column, dtype=torch.float64))
+            for name, column in samples.items()
+        }
+        return found if isinstance(metric, (list, tuple)) else next(iter(found.values()))
 
     # Inner parts
 
-    @_counting
-    def _zeros(self, device: torch.device) -> Totals:
-        settings = self._settings
-        cells = cell_count(settings.n_bins, settings.fine_bins)
-        return _totals.zeros(settings.num_classes, cells, cells if settings.classwise else 0, device)
+    @property
+    def _counts(self) -> CountsOfTotals:
+        return CountsOfTotals(self._totals, self._settings)
 
     @property
     def _grid(self) -> Grid:
@@ -485,43 +366,39 @@ class CalibrationStats:
     def _class_grid(self) -> Grid:
         return make_grid(self._settings.n_bins, self._settings.fine_bins, both_ends=True)
 
-    def _cells(self, counts: Totals) -> Cells:
-        return Cells(*(x.cpu().double().numpy() for x in (counts.pixels, counts.correct, counts.confidence)))
-
     def _class_cells(self, c: int) -> Cells:
         if not self._settings.classwise:
             remedy = "construct CalibrationStats with classwise=True"
-            got = "classwise=False"
-            raise problem(
-                "classwise_ece", expected="counts of every class's probability", got=got, remedy=remedy, error=RuntimeError
-            )
+            expected, got = "counts of every class's probability", "classwise=False"
+            raise problem("classwise_ece", expected=expected, got=got, remedy=remedy, error=RuntimeError)
         counts = self._totals
         columns = (counts.class_pixels, counts.class_hits, counts.class_confidence)
-        return Cells(*(x[c].cpu().double().numpy() for x in columns))
-
-    def _bins(self, counts: Totals, binning: str) -> Cells:
-        return self._binned(self._cells(counts), self._grid, binning)
+        return Cells(*(figures.as_floats(column[c]) for column in columns))
 
     def _class_bins(self, c: int, binning: str) -> Cells:
         return self._binned(self._class_cells(c), self._class_grid, binning)
 
     def _binned(self, cells: Cells, grid: Grid, binning: str) -> Cells:
         check_choice("CalibrationStats", "binning", binning, ("width", "mass"))
-        n_bins = self._settings.n_bins
-        return width_bins(cells, grid.bin_of_cell, n_bins) if binning == "width" else mass_bins(cells, n_bins)
+        return width_bins(cells, grid.bin_of_cell) if binning == "width" else mass_bins(cells, self._settings.n_bins)
 
-    def _loaded(self, saved: Dict[str, Any], name: str, like: Tensor, leading: Tuple[int, ...]) -> Tensor:
-        """A copy of a saved field, which must have the kind and shape of `like` after the leading dimensions."""
-        found, shape = saved[name], (*leading, *like.shape)
-        if not isinstance(found, Tensor) or found.dtype != like.dtype or tuple(found.shape) != shape:
-            expected = f"{name}: {str(like.dtype).replace('torch.', '')} {shape}"
-            remedy = "pass what state_dict() returned"
-            raise problem("load_state_dict", expected=expected, got=describe(found), remedy=remedy)
-        return found.detach().to(self.device, copy=True)
+    def _one_by_one(self, measure: _Measure, counts: CountsOfImages) -> Callable[[Drawn], Iterable[float]]:
+        """The measure of a statistics of each draw."""
+        one = copy.copy(self)
+        one._settings, one.per_image, one._images = self._settings._replace(classwise=False), False, []
+        one.device = torch.device("cpu")
 
-    def _mean(self, total: Tensor) -> float:
-        pixels = self.pixels
-        return float(total) / pixels if pixels else math.nan
+        def of_each(drawn: Drawn) -> List[float]:
+            samples = []
+            for weights in drawn.weights:
+                one._totals = counts.totals(weights)
+                samples.append(float(measure(one)))
+            return samples
+
+        return of_each
+
+    def _has(self, metric: Metric) -> bool:
+        return not (metric.distribution and self.input == "top1") and (not metric.classwise or self._settings.classwise)
 
     def _need_images(self, function: str) -> None:
         if not self.per_image:
@@ -534,21 +411,3 @@ class CalibrationStats:
             raise problem(
                 function, expected="the probability of every class", got="input='top1'", remedy=remedy, error=RuntimeError
             )
-
-    def _check_same_settings(self, ranks: Ranks) -> None:
-        numbers = [float(x) for x in (*self._settings._replace(input=str(INPUTS.index(self.input))), self.per_image)]
-        mine = torch.tensor(numbers, dtype=torch.float64)
-        # A sum tells the mean, which may be one's own although others differ; the squares then sum to more.
-        both = torch.stack([mine, mine**2])
-        if not torch.equal(ranks.total(both), ranks.size * both):
-            remedy = "construct it with the same arguments everywhere"
-            raise problem("sync", expected="the same settings in every process", got=repr(self), remedy=remedy)
-
-
-def _compile(function: str) -> Judge:
-    if not hasattr(torch, "compile"):
-        remedy = "pass compile=False, or use torch >= 2.0"
-        got = f"torch {torch.__version__}"
-        raise problem(function, expected="torch.compile with compile=True", got=got, remedy=remedy, error=RuntimeError)
-    compiled: Judge = torch.compile(judge)
-    return compiled
