@@ -4,7 +4,7 @@ import argparse
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Callable, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 from . import __version__
 
@@ -104,23 +104,23 @@ def _add_evaluate(commands: Any) -> None:
     evaluate = commands.add_parser(
         "evaluate",
         help="measure the calibration of saved predictions: a report with diagrams, per class and per image",
-        description="Compare saved predictions with label images and write report.html, report.json and pictures. "
+        description="Compare saved predictions with label images and write report.html, .md, .json, .csv and pictures. "
         "Predictions are arrays (C, H, W), .npy, .npz or .pt, or pairs NAME_confidence.png (8 or 16 bits, the largest value "
         "is 1) and NAME_prediction.png (classes). A prediction belongs to the label of the same name; endings such as "
-        "_leftImg8bit, _gtFine_labelTrainIds or _rgb_anon do not count.",
+        "_leftImg8bit, _gtFine_labelTrainIds, _rgb_anon or _train_id do not count, and folders count where names alone do not "
+        "tell files apart.",
         epilog="Exit codes: 0 done; 1 a file is bad, which is named; 2 wrong arguments; 3 done, with files skipped "
         "(--keep-going); 130 Ctrl-C.",
     )
     evaluate.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="a folder, or a text file that lists files")
     evaluate.add_argument(
-        "labels", type=Path, metavar="LABELS", help="a folder of PNGs of training ids, for example labelTrainIds"
+        "labels", type=Path, metavar="LABELS", help="a folder of PNG, TIFF or .npy of training ids, for example labelTrainIds"
     )
     evaluate.add_argument("--num-classes", type=_at_least(2), required=True, help="C")
-    evaluate.add_argument("--input", choices=("logits", "probs", "log_probs"), help="what arrays hold; nothing is guessed")
-    evaluate.add_argument("--key", help="the array of an .npz, or of a dictionary in a .pt, that has several")
-    evaluate.add_argument("--label-map", type=Path, metavar="FILE", help='JSON of raw label values and training ids: {"7": 0}')
-    evaluate.add_argument("--ignore-index", type=int, default=255, help="the label of pixels that do not count (%(default)s)")
-    evaluate.add_argument("--class-names", metavar="FILE", help="a text file, one name a line; or cityscapes")
+    _add_predictions(evaluate)
+    _add_labels(evaluate)
+    _add_files(evaluate)
+    _add_comparison(evaluate)
     evaluate.add_argument("--n-bins", type=_at_least(1), default=15, help="of the diagram and the ECE (%(default)s)")
     evaluate.add_argument("--classwise", action="store_true", help="class-wise calibration too (four to eight times slower)")
     evaluate.add_argument(
@@ -131,13 +131,85 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument("--jobs", type=_at_least(1), default=0, help="images at a time; default: as many as cores")
 
 
+def _add_comparison(evaluate: Any) -> None:
+    what = evaluate.add_argument_group("comparison and pictures")
+    what.add_argument(
+        "--compare",
+        nargs="+",
+        action="extend",
+        metavar="[NAME=]FOLDER",
+        help="further predictions of the same images: differences to PREDICTIONS with intervals over the same images",
+    )
+    what.add_argument("--name", help="of PREDICTIONS, in figures and tables; default: the folder's")
+    what.add_argument("--images", type=Path, metavar="FOLDER", help="photographs, for the pictures of the worst images")
+    what.add_argument(
+        "--worst", type=_at_least(0), default=5, metavar="N", help="pictures of the N images with the largest ECE (%(default)s)"
+    )
+
+
+def _add_predictions(evaluate: Any) -> None:
+    what = evaluate.add_argument_group("what predictions are")
+    what.add_argument(
+        "--input",
+        choices=("logits", "probs", "log_probs"),
+        help="what arrays hold; nothing is guessed. uint8 and uint16 are probs times 255 and 65535",
+    )
+    what.add_argument("--key", help="the array of an .npz, or of a dictionary in a .pt, that has several")
+    what.add_argument("--one-channel", action="store_true", help="one sigmoid channel for two classes, (H, W) or (1, H, W)")
+    what.add_argument("--channels-last", action="store_true", help="arrays are (H, W, C)")
+    what.add_argument(
+        "--upsample", choices=("bilinear",), help="interpolate arrays of a lower resolution to that of their labels"
+    )
+    what.add_argument("--normalize", action="store_true", help="divide probabilities by their sum, which half precision moves")
+
+
+def _add_labels(evaluate: Any) -> None:
+    what = evaluate.add_argument_group("what labels are")
+    what.add_argument(
+        "--label-map",
+        metavar="NAME_OR_FILE",
+        help="raw label values and training ids: cityscapes, acdc, mapillary (v1.2), ade20k, voc, binary (0 and 255), or JSON, "
+        'such as {"7": 0}',
+    )
+    what.add_argument(
+        "--palette",
+        metavar="NAME_OR_FILE",
+        help='labels are colours: cityscapes, acdc, voc, binary, or JSON, {"#804080": 0} or [[128, 64, 128], ...]',
+    )
+    what.add_argument("--reduce-zero-label", action="store_true", help="0 is unlabelled and classes begin with 1")
+    what.add_argument(
+        "--ignore-index",
+        type=int,
+        action="append",
+        metavar="LABEL",
+        help="the label of pixels that do not count, which may be a class (255); repeat it for several",
+    )
+    what.add_argument("--class-names", metavar="NAME_OR_FILE", help="a text file, one name a line; or the name of a label map")
+    what.add_argument("--trust-labels", action="store_true", help="go on where labels look shifted, or like masks of 0 and 255")
+
+
+def _add_files(evaluate: Any) -> None:
+    which = evaluate.add_argument_group("which files")
+    which.add_argument(
+        "--prediction-suffix", action="append", metavar="END", help="take predictions NAME + END alone; repeat it for several"
+    )
+    which.add_argument(
+        "--label-suffix", action="append", metavar="END", help="take labels NAME + END alone, such as _train_id; repeatable"
+    )
+    which.add_argument("--only-labels-of-predictions", action="store_true", help="leave out labels without a prediction")
+    which.add_argument("--follow-links", action="store_true", help="look into linked folders that lie inside of the folder")
+    which.add_argument(
+        "--max-pixels", type=_at_least(1), default=89_478_485, metavar="N", help="of an image, at most (%(default)s)"
+    )
+
+
 def main(arguments: Optional[List[str]] = None) -> int:
     """Entry point; returns the exit code: 1 without extra, device, file or folder, 2 for a wrong argument, 130 after Ctrl-C."""
     words = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(words)
     command = options.command
     needed = {
-        "evaluate": ["matplotlib", "PIL"],
+        "evaluate": ["matplotlib", "PIL", "jinja2"],
         "demo": ["matplotlib", *(["PIL", "sklearn"] * (getattr(options, "dataset", "") == "digits"))],
         "calibrate": [],
     }[command]
@@ -162,7 +234,11 @@ def _evaluate(options: argparse.Namespace, words: List[str]) -> int:
     from .evaluate.command import evaluate
     from .evaluate.options import EvaluateOptions
 
-    given = {name: value for name, value in vars(options).items() if name != "command"}
+    given: Dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(options).items()
+        if name != "command" and value is not None
+    }
     return evaluate(EvaluateOptions(**given), command=["dacal", *words])
 
 

@@ -21,7 +21,11 @@ from PIL import Image
 import dacal_addon.evaluate
 from dacal_addon import cli
 from dacal_addon.evaluate import predictions as reading
-from dacal_addon.evaluate.labels import CITYSCAPES
+from dacal_addon.evaluate.judging import judge_all
+from dacal_addon.evaluate.options import EvaluateOptions
+from dacal_addon.evaluate.plan import make_plan
+from dacal_addon.evaluate.sets import CITYSCAPES
+from dacal_addon.evaluate.shapes import Shape
 from dacal_addon.metrics import CalibrationStats, boundary_mask
 from dacal_addon.metrics.catalogue import CATALOGUE
 
@@ -161,6 +165,8 @@ def test_pairs_of_images(case, bits):
 
 def test_a_partner_outside_of_the_folder(case, capsys):
     folder, _, _ = case
+    for name in "bc":
+        (folder / "gt" / f"{name}.png").unlink()
     png(folder / "pairs" / "a_confidence.png", np.zeros((H, W), "uint8"))
     png(folder / "a_prediction.png", np.zeros((H, W), "uint8"))
     (folder / "pairs" / "a_prediction.png").symlink_to("../a_prediction.png")
@@ -322,11 +328,17 @@ BAD = {
     "other size": (
         saved(SCORES[:, :6]),
         "b.npy",
-        r"expected an array \(4, 12, 16\) as its label has it, got \(4, 6, 16\); resize",
+        r"expected an array \(4, 12, 16\) as its label has it, got \(4, 6, 16\); save them at the label's resolution",
     ),
     "other classes": (saved(SCORES[:3]), "b.npy", r"got \(3, 12, 16\)"),
-    "channels last": (saved(SCORES.transpose(1, 2, 0)), "b.npy", r"got \(12, 16, 4\)"),
-    "NaN": (saved(SCORES + np.nan), "b.npy", "expected x: finite logits, got NaN or infinity"),
+    "channels last": (
+        saved(SCORES.transpose(1, 2, 0)),
+        "b.npy",
+        r"got \(12, 16, 4\); the classes are last: pass --channels-last",
+    ),
+    "classes": (saved(SCORES[0].astype("uint8")), "b.npy", "whole numbers are probabilities times 255 only"),
+    "80 bits": (saved(SCORES.astype(np.longdouble)), "b.npy", "expected floating numbers, got float128; save x.astype"),
+    "NaN": (saved(SCORES + np.nan), "b.npy", "expected x: logits below infinity, one of them finite, got NaN"),
     "header: cut syntax": (
         of_npy(lambda old: npy_text("{'descr': '<f4', 'shape': (")),
         "b.npy",
@@ -383,6 +395,16 @@ BAD = {
         "b.png",
         "expected a grey PNG .* got 8-bit colour",
     ),
+    "label: a value that no class has": (
+        of_label(lambda path: png(path, np.full((H, W), 4, "uint8"))),
+        "b.png",
+        "got the value 4; pass --reduce-zero-label if 0 is unlabelled",
+    ),
+    "label: grey with alpha": (
+        of_label(lambda path: Image.new("LA", (W, H)).save(path)),
+        "b.png",
+        "got 8-bit grey with alpha",
+    ),
     "label: two headers, colour": (
         of_label(lambda path: png_of_two_minds(path, 8, 2)),
         "b.png",
@@ -413,8 +435,9 @@ if SAFE_PT:
             "pt: a bomb": (tensor(torch.zeros(1 << 20)), "b.pt", "unpacks to 4.* are enough; .*clone"),
             "pt: sparse": (tensor(torch.zeros(C, H, W).to_sparse()), "b.pt", "dense floating tensor, got torch.float32"),
             "pt: float8": (tensor(torch.zeros(C, H, W).to(torch.float8_e4m3fn)), "b.pt", "."),
-            "pt: integers": (tensor(torch.zeros(C, H, W).long()), "b.pt", "floating tensor, got torch.int64"),
+            "pt: integers": (tensor(torch.zeros(C, H, W).long()), "b.pt", "floating numbers, got torch.int64"),
             "pt: a list": (tensor([1.0]), "b.pt", "expected a dense floating tensor, got list"),
+            "pt: an array": (tensor(SCORES), "b.pt", "holds a numpy array, which would be unpickled; save .npy"),
             "pt: which": (tensor({"x": torch.zeros(1), "y": torch.zeros(1)}), "b.pt", "choose with --key, got x, y"),
         }
     )
@@ -431,11 +454,10 @@ def test_a_bad_file_is_named_with_its_reason(case, capsys, kind):
     assert re.search(rf"{name}: .*{reason}", error), error
     assert not (folder / "out" / "report.json").exists()
 
-    assert run(folder, "--keep-going") == 3
-    found = report(folder)
-    assert [os.path.basename(bad["file"]) for bad in found["skipped"]] == [name]
-    assert found["metrics"]["ece"]["value"] == pytest.approx(expected_stats(z[[0, 2]], target[[0, 2]]).ece(), abs=1e-12)
-    assert "1 skipped, 2 evaluated" in capsys.readouterr().err
+    options = EvaluateOptions(folder / "pred", folder / "gt", C, input="logits", keep_going=True)
+    found = judge_all(make_plan(options), options)
+    assert [os.path.basename(bad.path) for bad in found.skipped] == [name]
+    assert found.stats.ece() == pytest.approx(expected_stats(z[[0, 2]], target[[0, 2]]).ece(), abs=1e-12)
     assert not os.path.exists("/tmp/dacal-evaluate-was-here")
 
 
@@ -461,6 +483,8 @@ def test_names_from_outside_are_harmless(case, capsys):
     (folder / "pred" / os.fsdecode(b"\xff\xfe.npy")).write_bytes(b"x")  # no text in any language
     assert run(folder, "--keep-going") == 3
     error = capsys.readouterr().err
+    assert "2 skipped, 3 evaluated" in error
+    assert [os.path.basename(bad["file"]) for bad in report(folder)["skipped"]] == [name, os.fsdecode(b"\xff\xfe.npy")]
     assert "\\x1b[31m" in error
     assert "\\udcff\\udcfe.npy" in error
     assert "\x1b[31m" not in error
@@ -514,9 +538,10 @@ def test_interrupted(case, monkeypatch, capsys):
 def test_an_old_torch_loads_no_tensors(case, monkeypatch):
     monkeypatch.setattr(reading.torch, "__version__", "2.5.1")
     folder, z, _ = case
+    kind = reading.PredictionKind("logits")
     torch.save(z[0], folder / "a.pt")
     with pytest.raises(reading.BadFile, match=r"a.pt: torch 2.5.1 cannot load it safely; save .npy, or use torch >= 2.6"):
-        reading.read_prediction(folder / "a.pt", folder=folder, shape=reading.Shape(C, H, W), key=None)
+        reading.read_prediction(folder / "a.pt", folder=folder, shape=Shape(C, (H, W)), kind=kind)
 
 
 def test_threads_and_their_number_do_not_matter(case):
@@ -531,12 +556,17 @@ def test_threads_and_their_number_do_not_matter(case):
 
 
 def test_data_flows_one_way():
-    """Every file imports from those before it alone, and at its top; labels and predictions both read, the latter PNGs too."""
-    rooms = ["files", "labels", "predictions", "options", "plan", "judging", "report", "page", "command"]
+    """Every file imports from those before it alone, and at its top."""
+    read = ["files", "images", "arrays", "matching", "sets", "label_maps", "labels", "shapes", "predictions"]
+    judge = ["options", "plan", "doubts", "judging", "compare", "worst"]
+    write = ["report", "pictures", "worst_picture", "tables", "markdown", "spreadsheet", "page", "written", "command"]
+    rooms = [*read, *judge, *write]
     folder = Path(dacal_addon.evaluate.__file__).parent
     assert sorted(path.stem for path in folder.glob("*.py")) == sorted([*rooms, "__init__"])
     for place, room in enumerate(rooms):
         tree = ast.parse((folder / f"{room}.py").read_text(encoding="utf-8"))
         found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
-        assert {node.module for node in found if node.level == 1} <= set(rooms[:place]), room
+        # `from . import x` has no module.
+        names = {node.module or alias.name for node in found if node.level == 1 for alias in node.names}
+        assert names <= set(rooms[:place]), room
         assert [node.lineno for node in found if node not in tree.body] == [], room

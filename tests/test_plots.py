@@ -1,5 +1,6 @@
 """The pictures show the numbers, in one style, whatever the user's matplotlib is set to."""
 
+import io
 import itertools
 import math
 import subprocess
@@ -10,13 +11,15 @@ import matplotlib.style
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.collections import LineCollection, PathCollection
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.image import imread
 from matplotlib.text import Text
 
 from dacal_addon import plots
-from dacal_addon.metrics import CalibrationStats, ReliabilityTable
+from dacal_addon.metrics import ReliabilityTable
 
 
 def table(confidence, accuracy, pixels, edges=None):
@@ -155,16 +158,57 @@ def test_class_panels_show_their_tables():
     flat = table([0.1, 0.3, 0.7, math.nan], [0.1, 0.5, 0.6, math.nan], [90, 5, 5, 0])
     figure = plots.classwise_panel({"road": flat, "sky": TABLE})
     axis = figure.axes[0]
-    assert axis.get_title() == "road\nECE 1.50 %"  # (5 x 0.2 + 5 x 0.1) / 100
+    # Weights are 90 x 0.1, 5 x 0.5 and 5 x 0.7 pixels of the class, gaps 0, 0.2 and 0.1.
+    assert axis.get_title() == "road\ngap 5.67 %"
+    assert plots.class_gap(flat) == pytest.approx((2.5 * 0.2 + 3.5 * 0.1) / 15)
     (dots,) = (one for one in axis.collections if hasattr(one, "get_sizes") and len(one.get_offsets()) == 3)
     assert np.asarray(dots.get_offsets()) == pytest.approx(np.array([[0.1, 0.1], [0.3, 0.5], [0.7, 0.6]]))
     drawn = [one for one in axis.collections if isinstance(one, PathCollection) and len(one.get_offsets())]
     assert drawn == [dots]
-    sizes = dots.get_sizes() - 6
-    assert sizes / sizes.sum() == pytest.approx([0.9, 0.05, 0.05])
+    sizes = dots.get_sizes() - 3
+    assert sizes / sizes.sum() == pytest.approx([9 / 15, 2.5 / 15, 3.5 / 15])
     lines = [one for one in axis.collections if isinstance(one, LineCollection)]
     colours = {to_hex(one.get_color()[0]).upper(): len(one.get_segments()) for one in lines}
     assert colours == {plots.ORANGE: 1, plots.SKY: 2}
+    thickness = {segment[0][1]: width for one in lines for segment, width in zip(one.get_segments(), one.get_linewidths())}
+    assert sorted(thickness, key=thickness.get) == pytest.approx([0.5, 0.6, 0.1])  # by their pixels of the class
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_the_number_of_a_class_is_the_gap_that_is_drawn(data):
+    """The lines' lengths with the dots' areas as weights; pixels that neither are of the class nor could be change nothing."""
+    fractions = st.lists(st.floats(0, 1, width=32), min_size=4, max_size=4)
+    counts = data.draw(st.lists(st.integers(1, 99), min_size=4, max_size=4))
+    drawn = table(data.draw(fractions), data.draw(fractions), counts)
+    axis = plots.classwise_panel({"a": drawn}).axes[0]
+    gaps = {}
+    for one in axis.collections:
+        if isinstance(one, LineCollection):
+            for (x, y), (_, diagonal) in one.get_segments():
+                gaps[round(x, 9), round(y, 9)] = abs(diagonal - y)
+    (dots,) = (one for one in axis.collections if isinstance(one, PathCollection) and len(one.get_offsets()))
+    areas = np.maximum(dots.get_sizes() - 3, 0)
+    seen = sum(area * gaps[round(x, 9), round(y, 9)] for (x, y), area in zip(np.asarray(dots.get_offsets()), areas))
+    if areas.sum():
+        assert plots.class_gap(drawn) == pytest.approx(seen / areas.sum(), abs=1e-6)
+    else:
+        assert math.isnan(plots.class_gap(drawn))
+    elsewhere = [torch.cat([torch.zeros(1).double(), column.double()]) for column in drawn[2:]]
+    elsewhere[0][0] = 10**6
+    edges = torch.linspace(0, 1, 6).double()
+    assert plots.class_gap(ReliabilityTable(edges[:-1], edges[1:], *elsewhere)) == pytest.approx(
+        plots.class_gap(drawn), nan_ok=True
+    )
+
+
+def test_the_largest_visible_gap_has_the_largest_number():
+    """A rare class that is far off, where ECE says the opposite: 0.07 % of a motorcycle, 1.87 % of a road."""
+    road = table([0.01, 0.95], [0.02, 0.92], [60_000, 40_000])
+    motorcycle = table([0.0001, 0.6], [0.0001, 0.2], [99_800, 200])
+    assert plots.table_ece(road) > 10 * plots.table_ece(motorcycle)
+    assert plots.class_gap(road) < 0.04
+    assert plots.class_gap(motorcycle) > 0.3
 
 
 def test_of_many_classes_the_worst_are_shown():
@@ -174,29 +218,58 @@ def test_of_many_classes_the_worst_are_shown():
     figure = plots.classwise_panel(tables)
     shown = [axis.get_title().split("\n")[0] for axis in figure.axes if axis.get_visible()]
     assert shown == ["class 7", *(f"class {c}" for c in range(21, 40))]
-    assert figure._suptitle.get_text() == "20 of 41 classes: those with the largest class-wise ECE"
+    assert "20 of 41 classes: those with the largest mean gap" in [text.get_text() for text in figure.texts]
 
 
 def test_the_lowest_panel_of_each_column_has_the_axis():
-    figure = plots.classwise_panel({f"class {c}": TABLE for c in range(7)})
-    labelled = [index for index, axis in enumerate(figure.axes) if axis.get_xlabel() == "probability of class"]
-    assert labelled == [2, 3, 4, 5, 6]
-    numbers = [sum(text.get_visible() for text in axis.get_xticklabels()) for axis in figure.axes[:7]]
-    assert numbers == [0, 0, 3, 3, 3, 3, 3]
+    figure = plots.classwise_panel({f"class {c}": TABLE for c in range(6)}, title="a network")
+    below, beside = (
+        [sum(tick.label1.get_visible() for tick in getattr(axis, of).get_major_ticks()) for axis in figure.axes]
+        for of in ("xaxis", "yaxis")
+    )
+    assert below == [0, 0, 3, 3, 3, 3]
+    assert beside == [3, 0, 0, 0, 3, 0]
+    written = [text.get_text() for text in figure.texts]
+    assert written == ["probability of the class", "share of pixels in the class", "a network"]
 
 
 def test_a_class_name_is_no_formula(tmp_path):
     plots.save(plots.classwise_panel({"$\\nonsense$": TABLE}), tmp_path / "a.png")
 
 
-def test_the_temperature_map_is_centred_on_one():
-    temperature = torch.full((2, 1, 8, 9), 0.5)
-    temperature[:, :, :4] = 2.0
-    figure = plots.temperature_map(torch.rand(2, 3, 8, 9), temperature)
-    last = figure.axes[3].images[-1]
-    assert np.asarray(last.get_array()) == pytest.approx(np.log2(temperature[1, 0].numpy()))
-    assert (last.norm.vmin, last.norm.vcenter, last.norm.vmax) == pytest.approx((-1, 0, 1))
-    assert [text.get_text() for text in figure.axes[-1].get_yticklabels()] == ["0.50", "0.71", "1.00", "1.41", "2.00"]
+def test_a_temperature_can_be_read_off_its_colour():
+    """Every pixel has the colour that the scale shows between the two numbers around its temperature."""
+    generator = torch.Generator().manual_seed(0)
+    temperature = (0.5 * torch.randn(2, 1, 8, 9, generator=generator)).exp()
+    figure = plots.temperature_map(torch.rand(2, 3, 8, 9, generator=generator), temperature, title="source only, step 3")
+    figure.canvas.draw()
+    assert figure.texts[0].get_text() == "source only, step 3"
+    edges = [float(text.get_text()) for text in figure.axes[-1].get_yticklabels()]
+    assert 1.0 in edges
+    assert 4 <= len(edges) <= 11
+    for row, axis in enumerate((figure.axes[1], figure.axes[3])):
+        (shown,) = axis.images
+        colours = shown.to_rgba(shown.get_array())
+        values = temperature[row, 0].numpy()
+        for low, high in zip(edges[:-1], edges[1:]):
+            inside = (values > low + 0.01) & (values < high - 0.01)
+            assert len(np.unique(colours[inside], axis=0)) == min(1, inside.sum()), (low, high)
+        between = [colours[(values > low + 0.01) & (values < high - 0.01)] for low, high in zip(edges[:-1], edges[1:])]
+        different = [colour[0] for colour in between if len(colour)]
+        assert len(np.unique(different, axis=0)) == len(different)
+        low, median, high = np.quantile(np.log2(values.astype(float)), (0.05, 0.5, 0.95))
+        assert axis.texts[0].get_text() == f"median T {2**median:.2f}\n5 to 95 %: {2**low:.2f} to {2**high:.2f}"
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (0.999, 1.001), (0.5, 2.0), (1.0, 5.0), (0.01, 0.02), (1e-9, 1e9)])
+def test_the_scale_of_temperatures_has_one_in_it_and_few_steps(low, high):
+    edges = plots._steps(math.log2(low), math.log2(high))
+    assert edges[0] < 0 < edges[-1]
+    assert 0.0 in edges
+    assert np.allclose(np.diff(edges), edges[1] - edges[0])
+    if low > 1e-9:
+        assert len(edges) <= 11
+        assert edges[0] <= math.log2(low) <= math.log2(high) <= edges[-1]
 
 
 def test_the_temperature_map_shows_what_is_wrong_and_minds_no_gradient():
@@ -267,11 +340,57 @@ def test_the_users_settings_neither_matter_nor_change(tmp_path):
     assert 0.5 < expected[..., :3].mean() < 0.99
 
 
-def test_statistics_plot_themselves():
-    stats = CalibrationStats(2, input="top1", n_bins=4)
-    confidence = torch.tensor([0.9, 0.9, 0.9, 0.6]).view(1, 1, 4)
-    stats.update((confidence, torch.zeros(1, 1, 4).long()), torch.tensor([[[0, 0, 1, 0]]]))
-    figure = stats.plot(title="mine")
-    assert figure.axes[0].get_title() == "mine"
-    assert [height for *_, height in bars(figure.axes[0], "accuracy")] == pytest.approx([0, 0, 1, 2 / 3])
-    assert plots.table_ece(stats.reliability()) == pytest.approx(stats.ece())
+def test_a_paper_column_holds_every_figure():
+    """8.5 cm wide as they are, so that nothing of them is scaled: no letter is smaller than 6.5 points."""
+    image, temperature = torch.rand(1, 3, 8, 9), torch.ones(1, 1, 8, 9)
+    figures = [plots.reliability_diagram({str(i): TABLE for i in range(n)}) for n in (1, 2, 3)] + [
+        plots.classwise_panel({f"class {c}": TABLE for c in range(19)}),
+        plots.temperature_map(image, temperature),
+    ]
+    for figure in figures:
+        assert figure.get_size_inches()[0] == pytest.approx(8.5 / 2.54)
+        assert min(text.get_fontsize() for text in drawn_texts(figure)) >= 6.5
+    assert plots.reliability_diagram({str(i): TABLE for i in range(4)}, columns=4).get_size_inches()[0] > 6
+
+
+def contrast(one, other):
+    """Of two colours, after WCAG 2.1: 1 to 21."""
+    linear = [
+        np.where(np.array(to_rgb(c)) <= 0.04045, np.array(to_rgb(c)) / 12.92, ((np.array(to_rgb(c)) + 0.055) / 1.055) ** 2.4)
+        for c in (one, other)
+    ]
+    low, high = sorted(float(np.dot(c, (0.2126, 0.7152, 0.0722))) + 0.05 for c in linear)
+    return high / low
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_letters_and_lines_stand_out_from_the_paper(dark):
+    image, temperature = torch.rand(1, 3, 8, 9), torch.ones(1, 1, 8, 9)
+    for figure in (
+        plots.reliability_diagram({"a": TABLE, "b": EMPTY}, dark=dark),
+        plots.classwise_panel({"a": TABLE}, title="a network", dark=dark),
+        plots.temperature_map(image, temperature, title="a network", dark=dark),
+    ):
+        paper = figure.get_facecolor()
+        assert (sum(paper[:3]) < 0.5) == dark
+        for text in drawn_texts(figure):
+            assert contrast(text.get_color(), paper) > 7, text
+        for line in [line for axis in figure.axes for line in axis.lines]:
+            assert contrast(line.get_color(), paper) > 3, line
+
+
+def test_a_notebook_shows_a_figure(tmp_path):
+    figure = plots.reliability_diagram({"a": TABLE})
+    plots.save(figure, tmp_path / "a.png")
+    shown = imread(io.BytesIO(figure._repr_png_()))
+    assert np.array_equal(shown, imread(tmp_path / "a.png"))
+
+
+def test_without_matplotlib_the_import_says_what_to_install():
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "try:\n    import dacal_addon.plots\n"
+        "except ImportError as error:\n    print(error.name, error, sep='; ')"
+    )
+    output = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True, text=True).stdout
+    assert output.strip() == "matplotlib; dacal_addon.plots needs matplotlib; pip install 'dacal-addon[plot]'"

@@ -1,7 +1,13 @@
 """What `dacal evaluate` does: saved predictions and label images in, a report out.
 
-The files, in the order of the data; each imports from those before it alone: `files` (which files there are, and what is wrong
-with one) -> `labels`, `predictions` (reading one, suspiciously) -> `options`, `plan` (what is asked for, and whether it can be
-done) -> `judging` (all images, through `CalibrationStats`) -> `report` (what was found: numbers and pictures) -> `page`
-(report.html of these) -> `command` (writes them, and says how it went).
+The files, in the order of the data; none imports one from a later line:
+
+- `files` (which files there are, and what is wrong with one), `images`, `arrays` (reading one, suspiciously), `sets` (public data
+  sets), `label_maps` (numbers or colours to classes), `shapes` (layouts), `matching` (which file belongs to which)
+- `labels`, `predictions` (one of either)
+- `options`, `plan` (what is asked for, and whether it can be done)
+- `doubts` (labels that mean something else), `judging` (all images, through `CalibrationStats`), `compare` (several networks)
+- `report` (what was found: numbers), `pictures`, `worst`, `worst_picture`
+- `tables`, `page`, `markdown`, `spreadsheet`, `written` (the files of a report)
+- `command` (all of it, and how it went)
 """

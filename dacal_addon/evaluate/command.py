@@ -1,18 +1,18 @@
 """The command itself: evaluate, write the report, say how it went."""
 
-import json
 import sys
-from typing import Callable, List, Sequence, TextIO, TypeVar
+from typing import Any, Callable, Dict, List, Sequence, TextIO, TypeVar
 
 import torch
 
-from .. import plots
+from .compare import judge_networks, plan_networks
 from .files import BadFile, shown
-from .judging import Results, judge_all
 from .options import EvaluateOptions
-from .page import make_page
-from .plan import make_plan
-from .report import headline, make_pictures, make_report
+from .pictures import make_pictures
+from .report import Found, draw, headline, make_report
+from .worst import find_photographs, look_at_worst
+from .worst_picture import draw_worst
+from .written import write
 
 _Result = TypeVar("_Result")
 BAD, WRONG_USE, SKIPPED, INTERRUPTED = 1, 2, 3, 130
@@ -23,10 +23,16 @@ def evaluate(options: EvaluateOptions, *, command: Sequence[str] = ()) -> int:
     """Run the command; returns its exit code. `command`: its words, for the report."""
     threads = torch.get_num_threads()
     try:
-        plan = make_plan(options)
+        networks = plan_networks(options)
+        photographs = find_photographs(options, networks[0])
         _writing(options, lambda: options.out.mkdir(parents=True, exist_ok=True))
-        results = judge_all(plan, options)
-        written = _writing(options, lambda: _write(results, options, plan.input, command))
+        found = [draw(network, results) for network, results in zip(networks, judge_networks(networks))]
+        seen, missing = look_at_worst(found[0].network, found[0].results, options, photographs)
+        report = make_report(found, options, command)
+        report["remarks"] += missing
+        light = {**make_pictures(found, options), **draw_worst(seen, found[0])}
+        dark = make_pictures(found, options, dark=True)
+        written = _writing(options, lambda: write(options.out, report, light, dark))
     except BadFile as error:
         return _complain(error, BAD)
     except ValueError as error:
@@ -35,9 +41,18 @@ def evaluate(options: EvaluateOptions, *, command: Sequence[str] = ()) -> int:
         return _complain("interrupted", INTERRUPTED)
     finally:
         torch.set_num_threads(threads)
+    return _tell(found, report, options, written)
+
+
+def _tell(found: List[Found], report: Dict[str, Any], options: EvaluateOptions, written: List[str]) -> int:
+    results = found[0].results
+    for remark in report["remarks"]:
+        _complain(f"warning: {remark}", 0)
     for bad in results.skipped:
         _complain(f"skipped {bad}", SKIPPED)
-    _say(headline(results.stats), sys.stdout)
+    for one in found:
+        named = f"{one.network.name}: " if len(found) > 1 else ""
+        _say(f"{named}{headline(one.results.stats)}", sys.stdout)
     _say(f"Written to {options.out}: {', '.join(written)}", sys.stdout)
     if not results.stats.pixels:
         return _complain("no valid pixel in any image", BAD)
@@ -51,19 +66,6 @@ def _writing(options: EvaluateOptions, write: Callable[[], _Result]) -> _Result:
         return write()
     except OSError as error:
         raise BadFile(options.out, f"cannot be written to: {error.strerror}") from error
-
-
-def _write(results: Results, options: EvaluateOptions, kind: str, command: Sequence[str]) -> List[str]:
-    """Write report.json, report.html and the pictures; returns their names."""
-    report = make_report(results, options, kind, command)
-    figures = make_pictures(results, options)
-    for name, figure in figures.items():
-        plots.save(figure, options.out / name)
-    (options.out / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    pictures = {name: (options.out / name).read_bytes() for name in figures}
-    # A file's name may hold bytes that are no text.
-    (options.out / "report.html").write_bytes(make_page(report, pictures).encode("utf-8", "backslashreplace"))
-    return ["report.html", "report.json", *figures]
 
 
 def _complain(what: object, code: int) -> int:

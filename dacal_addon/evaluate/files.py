@@ -1,26 +1,8 @@
-"""Which files there are, which belong together, and the error that names a bad one."""
+"""Which files there are, and the error that names a bad one."""
 
-import struct
+import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Dict, Iterable, List, NamedTuple, Sequence
-
-# Endings of names that say what a file is and not which image it is of: Cityscapes', ACDC's and our own.
-SUFFIXES = (
-    "_gtFine_labelTrainIds",
-    "_gtCoarse_labelTrainIds",
-    "_gt_labelTrainIds",
-    "_labelTrainIds",
-    "_gtFine_labelIds",
-    "_gtCoarse_labelIds",
-    "_gt_labelIds",
-    "_labelIds",
-    "_leftImg8bit",
-    "_rgb_ref_anon",
-    "_rgb_anon",
-    "_confidence",
-)
-# Of either side of an image: one with more pixels than PIL takes without a warning is refused before it is unpacked.
-_MOST_PIXELS = 89_478_485
+from typing import Dict, List, NamedTuple, Sequence, Set
 
 
 class BadFile(Exception):
@@ -36,39 +18,37 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-class Png(NamedTuple):
-    """What the header of a PNG file says."""
+class Listed(NamedTuple):
+    """What there is below a folder, or in a list."""
 
-    width: int
-    height: int
-    depth: int
-    """Bits of a sample."""
-    colour: int
-    """0 grey, 3 palette; others are not read here."""
+    paths: List[Path]
+    folder: Path
+    """Which no file may leave."""
+    links: List[Path]
+    """Linked folders that were not followed."""
 
 
-def listed(source: Path, endings: Sequence[str]) -> List[Path]:
+def listed(source: Path, endings: Sequence[str], *, follow_links: bool = False) -> Listed:
     """The files of a folder, also below it, or those that a text file names, one a line, relative to its own folder.
 
     Args:
-        source: folder or list. Links to folders are not followed. Lines that are empty or start with # are skipped.
+        source: folder or list. Lines that are empty or start with # are skipped, and so is what is hidden in a folder: names
+            that start with a dot, such as .ipynb_checkpoints and the ._NAME of macOS.
         endings: of the files of a folder that are wanted, such as ".npy".
+        follow_links: look into linked folders too, as long as they lie inside of this one.
 
     Raises:
         BadFile: there is no such folder or list, it is empty, or a file lies outside of it: an absolute path, a path with
             "..", a link that leads out.
     """
+    links: List[Path] = []
     if source.is_dir():
         folder = source
-        paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in endings)
+        paths = sorted(_each_once(_below(folder, endings, follow_links, links), folder))
     elif source.is_file():
         folder = source.parent
-        try:
-            lines = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadFile(source, f"expected a folder, or a text file that lists paths: {error}") from error
         paths = []
-        for line in lines:
+        for line in (line.strip() for line in read_text(source, "a folder, or a text file that lists paths").splitlines()):
             if line and not line.startswith("#"):
                 if PurePosixPath(line).is_absolute() or PureWindowsPath(line).is_absolute() or ".." in Path(line).parts:
                     raise BadFile(line, f"listed in {source.name}, but not a path below its folder")
@@ -78,8 +58,47 @@ def listed(source: Path, endings: Sequence[str]) -> List[Path]:
     else:
         raise BadFile(source, "no such folder or list")
     if not paths:
-        raise BadFile(source, f"nothing in it that ends in {', '.join(endings)}")
-    return paths
+        linked = f"; pass --follow-links to look into linked folders such as {links[0].name}" if links else ""
+        other = next((path.name for path in sorted(source.glob("[!.]*")) if path.is_file()), None) if source.is_dir() else None
+        example = f"; there is, for example, {other}" if other else ""
+        raise BadFile(source, f"nothing in it that ends in {', '.join(endings)}{linked or example}")
+    return Listed(paths, folder, links)
+
+
+def _below(folder: Path, endings: Sequence[str], follow_links: bool, links: List[Path]) -> List[Path]:
+    found: List[Path] = []
+    seen: Set[str] = {os.path.realpath(folder)}
+    for place, folders, names in os.walk(folder, followlinks=follow_links):
+        # What stays in `folders` is walked into.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in list(folders):
+            path = Path(place, name)
+            if path.suffix.lower() in endings:  # a folder of a file's name, which is said to be none when it is read
+                found.append(path)
+            if not path.is_symlink():
+                continue
+            if not follow_links:
+                links.append(path)
+                continue
+            real = path.resolve()
+            if folder.resolve() not in [real, *real.parents]:
+                raise BadFile(path, "a link that leads out of the folder; copy the files, or name the folder above both")
+            if str(real) in seen or real in Path(place).resolve().parents:
+                folders.remove(name)  # a circle
+            seen.add(str(real))
+        found += [Path(place, name) for name in names if not name.startswith(".") and Path(name).suffix.lower() in endings]
+    return found
+
+
+def _each_once(paths: Sequence[Path], folder: Path) -> List[Path]:
+    """Of the files of a folder that is also linked to, those by the link's name, which somebody gave it."""
+    root = os.path.realpath(folder)
+    found: Dict[Path, Path] = {}
+    for path in paths:
+        real = Path(os.path.realpath(path.parent), path.name)
+        if real not in found or Path(root, path.relative_to(folder)) != real:
+            found[real] = path
+    return list(found.values())
 
 
 def inside(path: Path, folder: Path) -> None:
@@ -88,53 +107,21 @@ def inside(path: Path, folder: Path) -> None:
         real = path.resolve(strict=True)
         real.relative_to(folder.resolve())
     except ValueError:
-        raise BadFile(path, "a link that leads out of the folder") from None
+        raise BadFile(path, "a link that leads out of the folder; copy the file, or name the folder above both") from None
     except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
         raise BadFile(path, f"cannot be opened: {getattr(error, 'strerror', None) or error}") from error
     if not real.is_file():
         raise BadFile(path, "not a file")
 
 
-def stem_of(path: Path) -> str:
-    """Which image a file is of.
-
-    Example:
-        >>> stem_of(Path("frankfurt_000000_000294_gtFine_labelTrainIds.png"))
-        'frankfurt_000000_000294'
-    """
-    name = path.stem
-    for suffix in SUFFIXES:
-        if name.endswith(suffix) and name != suffix:
-            return name[: -len(suffix)]
-    return name
-
-
-def by_stem(paths: Iterable[Path]) -> Dict[str, Path]:
-    """Stem -> file, in order; `BadFile` for two files of one image."""
-    found: Dict[str, Path] = {}
-    for path in paths:
-        stem = stem_of(path)
-        if stem in found:
-            raise BadFile(path, f"the second file of image {stem!r}, after {found[stem]}")
-        found[stem] = path
-    return found
-
-
-def png_header(path: Path) -> Png:
-    """Size and kind of a PNG, before anything of it is unpacked."""
+def read_text(path: Path, expected: str) -> str:
+    """A text in UTF-8, with or without a byte order mark; `BadFile` for another."""
     try:
-        with path.open("rb") as file:
-            head = file.read(26)
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise BadFile(path, f"cannot be opened: {error.strerror}") from error
-    if not head:
-        raise BadFile(path, "empty")
-    if len(head) < 26 or head[:8] != b"\x89PNG\r\n\x1a\n" or head[12:16] != b"IHDR":
-        raise BadFile(path, "not a PNG file, or truncated")
-    header = Png(*struct.unpack(">IIBB", head[16:26]))
-    if header.width * header.height > _MOST_PIXELS:
-        raise BadFile(path, f"claims {header.width} x {header.height} pixels, more than {_MOST_PIXELS}: a decompression bomb?")
-    return header
+        raise BadFile(path, f"expected {expected}, got none: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BadFile(path, f"expected {expected} in UTF-8, got other bytes; save it in UTF-8") from error
 
 
 def shown(text: object) -> str:

@@ -1,99 +1,123 @@
-"""Label images: which one belongs to which image, and its classes."""
+"""Label files: which ones are taken, and their classes."""
 
-import json
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-from .files import BadFile, by_stem, first_line, inside, listed, png_header
+from .arrays import read_npy
+from .files import BadFile, Listed, inside, listed, read_text
+from .images import JPEG, MOST_PIXELS, read_colours, read_numbers
+from .label_maps import LabelMap, reduced
+from .matching import ends_in
+from .sets import SETS, known_set, no_such_set
 
-CITYSCAPES = [
-    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain", "sky",
-    "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
-]  # fmt: skip
+ENDINGS = (".png", ".tif", ".tiff", ".npy", *JPEG)
+_TRAIN_IDS = ("_labelTrainIds", "_labelcsTrainIds", "_train_id")
+_IDS, _COLOURS = ("_labelIds",), ("_color", "_labelColor", "_train_color")
+# Of Cityscapes; with more, labels are its numbers.
+_TRAINED = 19
 
 
-def find_labels(folder: Path, *, mapped: bool) -> Dict[str, Path]:
-    """Image -> label PNG below a folder.
+class LabelKind(NamedTuple):
+    """How label files are read."""
 
-    Where some are called ..._labelTrainIds.png (with a label map: ..._labelIds.png), as in Cityscapes, only those are taken:
-    colour and instance images lie beside them.
+    num_classes: int
+    ignored: Tuple[int, ...]
+    map: Optional[LabelMap] = None
+    reduce_zero: bool = False
+    max_pixels: int = MOST_PIXELS
+
+
+def find_labels(
+    folder: Path, kind: LabelKind, *, suffixes: Sequence[str] = (), follow_links: bool = False
+) -> Tuple[Listed, List[str]]:
+    """The label files below a folder, and what to remark on them.
+
+    With `suffixes`, those alone whose names end so. Else, where some are called ..._labelTrainIds.png as in Cityscapes (with a
+    label map or more than 19 classes ..._labelIds.png, with a palette ..._color.png), those alone: other kinds of images lie
+    beside them. Where there are labels that are not JPEG, JPEG files are left aside: pictures.
 
     Raises:
-        BadFile: no such folder, nothing in it, two labels of one image.
+        BadFile: no such folder, nothing in it.
     """
     if not folder.is_dir():
         raise BadFile(folder, "no such folder")
-    paths = listed(folder, [".png"])
-    wanted = "_labelIds" if mapped else "_labelTrainIds"
-    return by_stem([path for path in paths if path.stem.endswith(wanted)] or paths)
+    found = listed(folder, ENDINGS, follow_links=follow_links)
+    paths = found.paths
+    if suffixes:
+        paths = [path for path in paths if ends_in(path, suffixes)]
+        if not paths:
+            example = found.paths[0].name
+            raise BadFile(folder, f"no label's name ends in {' or '.join(suffixes)}; there is, for example, {example}")
+    else:
+        colours = kind.map is not None and kind.map.colours
+        raw = kind.map is not None or kind.num_classes > _TRAINED
+        for wanted in [_COLOURS] if colours else [_IDS, _TRAIN_IDS] if raw else [_TRAIN_IDS, _IDS]:
+            some = [path for path in paths if ends_in(path, wanted)]
+            if some:
+                paths = some
+                break
+    paths = [path for path in paths if path.suffix.lower() not in JPEG] or paths
+    remarks = []
+    if paths[0].suffix.lower() in JPEG:
+        remarks.append(f"{paths[0].name}: labels in JPEG, which changes numbers near edges; save labels as PNG")
+    return found._replace(paths=paths), remarks
 
 
-def read_label(path: Path, *, folder: Path, table: Optional[np.ndarray]) -> np.ndarray:
-    """The classes of a label image: (H, W) int64. `table`: what `read_label_map` gave.
+def read_label(path: Path, *, folder: Path, kind: LabelKind) -> np.ndarray:
+    """The classes of a label file: (H, W) int64, or (*S) of an .npy.
 
     Raises:
-        BadFile: no grey or palette PNG of 8 or 16 bits, too large, truncated.
+        BadFile: not one whole number, or with a palette one of its colours, a pixel; too large, truncated; a value that the
+            map lacks.
     """
     inside(path, folder)
-    values = read_png(path, palette=True)
-    return values.astype(np.int64) if table is None else table[values]
+    if kind.map is not None and kind.map.colours:
+        raw = read_colours(path, max_pixels=kind.max_pixels)
+    elif path.suffix.lower() == ".npy":
+        raw = _read_array(path, kind.max_pixels)
+    else:
+        raw = read_numbers(path, palette=True, max_pixels=kind.max_pixels)
+    if kind.map is not None:
+        try:
+            return kind.map(raw)
+        except ValueError as error:
+            lossy = "; JPEG changes numbers and colours: save labels as PNG" if path.suffix.lower() in JPEG else ""
+            raise BadFile(path, f"{error}{lossy}") from error
+    label = raw.astype(np.int64)
+    return reduced(label, num_classes=kind.num_classes, ignored=kind.ignored) if kind.reduce_zero else label
 
 
-def read_png(path: Path, *, palette: bool = False) -> np.ndarray:
-    """The samples of a grey PNG (or the indices of a palette), (H, W) uint8 or int32; `BadFile` for any other file."""
-    from PIL import Image
+def _read_array(path: Path, max_pixels: int) -> np.ndarray:
+    def accept(shape: Tuple[int, ...], dtype: np.dtype) -> None:
+        if dtype.kind not in "iub":
+            raise BadFile(path, f"expected labels of whole numbers, got {dtype}; save x.astype('uint8')")
+        if len(shape) < 2 or not all(type(size) is int and size > 0 for size in shape):
+            raise BadFile(path, f"expected a label (H, W), got {shape}; save one label a file")
+        if np.prod(shape, dtype=np.float64) > max_pixels:
+            raise BadFile(path, f"claims {shape} pixels, more than {max_pixels}; pass --max-pixels for labels this large")
 
-    header = png_header(path)
-    if not (header.colour == 0 and header.depth in (8, 16)) and not (palette and header.colour == 3):
-        kinds = {0: "grey", 2: "colour", 3: "palette", 4: "grey with alpha", 6: "colour with alpha"}
-        found = f"{header.depth}-bit {kinds.get(header.colour, 'unknown')}"
-        raise BadFile(path, f"expected a grey PNG of 8 or 16 bits with one number a pixel, got {found}")
-    modes = ("P",) if header.colour == 3 else ("L",) if header.depth == 8 else ("I;16", "I")  # by PIL's version
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            # A second header inside of the file would count for PIL and not for the checks above.
-            if image.size != (header.width, header.height) or image.mode not in modes:
-                raise BadFile(path, f"contradicts its own header: {image.mode} {image.size}")
-            return np.asarray(image).astype(np.int32 if header.depth == 16 else np.uint8)
-    except BadFile:
-        raise
-    except Exception as error:  # of many kinds, for what a damaged file can be
-        raise BadFile(path, f"cannot be decoded, truncated? ({first_line(error)})") from error
+    array = read_npy(path, accept)
+    return array[0] if array.ndim > 2 and array.shape[0] == 1 else array
 
 
-def read_label_map(path: Path, *, num_classes: int, ignore_index: int) -> np.ndarray:
-    """From raw label values to training ids, as a table of all 16-bit values; what is not listed is ignored.
+def read_class_names(name: str, *, num_classes: int) -> List[str]:
+    """Those of a known set, or of a text file, one a line; `BadFile` if they are not as many as the classes.
 
-    Args:
-        path: JSON, an object such as {"7": 0, "8": 1}.
-
-    Raises:
-        BadFile: not such a file.
+    Example:
+        >>> read_class_names("voc", num_classes=21)[15]
+        'person'
     """
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadFile(path, f"not a JSON file that can be read: {first_line(error)}") from error
-    table = np.full(1 << 16, ignore_index, dtype=np.int64)
-    if not isinstance(content, dict) or not content:
-        raise BadFile(path, 'expected an object of raw values and training ids, such as {"7": 0, "8": 1}')
-    for raw, train in content.items():
-        known = isinstance(train, int) and not isinstance(train, bool) and (0 <= train < num_classes or train == ignore_index)
-        if len(raw) > 5 or not raw.isdigit() or str(int(raw)) != raw or int(raw) >= 1 << 16 or not known:
-            ids = f"0..{num_classes - 1} or {ignore_index}"
-            raise BadFile(path, f"expected values 0..65535 mapped to training ids {ids}, got {raw!r}: {train!r}")
-        table[int(raw)] = train
-    return table
-
-
-def read_class_names(path: Path, *, num_classes: int) -> List[str]:
-    """One name a line; `BadFile` if they are not as many as the classes."""
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadFile(path, f"not a text file that can be read: {error}") from error
+    known = known_set(name, num_classes=num_classes, option="--class-names")
+    if known is not None:
+        return list(known.names)
+    path = Path(name)
+    if not path.is_file():
+        raise no_such_set(name, list(SETS), "a text file of names")
+    names = [line.strip() for line in read_text(path, "a text file").splitlines() if line.strip()]
     if len(names) != num_classes or len(set(names)) != num_classes:
-        raise BadFile(path, f"expected {num_classes} different names, one a line, got {len(names)}")
+        twice = sorted({one for one in names if names.count(one) > 1})
+        got = f"{len(names)}" + (f", {twice[0]!r} more than once" if twice else "")
+        raise BadFile(path, f"expected {num_classes} different names, one a line, got {got}")
     return names

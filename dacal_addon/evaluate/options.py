@@ -1,7 +1,9 @@
 """What `dacal evaluate` is asked for."""
 
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Tuple
+
+from .images import MOST_PIXELS
 
 
 class EvaluateOptions(NamedTuple):
@@ -12,8 +14,20 @@ class EvaluateOptions(NamedTuple):
     num_classes: int
     input: Optional[str] = None
     key: Optional[str] = None
-    label_map: Optional[Path] = None
-    ignore_index: int = 255
+    one_channel: bool = False
+    channels_last: bool = False
+    upsample: Optional[str] = None
+    normalize: bool = False
+    label_map: Optional[str] = None
+    palette: Optional[str] = None
+    reduce_zero_label: bool = False
+    ignore_index: Optional[Tuple[int, ...]] = None
+    trust_labels: bool = False
+    prediction_suffix: Tuple[str, ...] = ()
+    label_suffix: Tuple[str, ...] = ()
+    only_labels_of_predictions: bool = False
+    follow_links: bool = False
+    max_pixels: int = MOST_PIXELS
     class_names: Optional[str] = None
     n_bins: int = 15
     classwise: bool = False
@@ -21,3 +35,7 @@ class EvaluateOptions(NamedTuple):
     out: Path = Path("evaluate-out")
     keep_going: bool = False
     jobs: int = 0
+    name: Optional[str] = None
+    compare: Tuple[str, ...] = ()
+    images: Optional[Path] = None
+    worst: int = 5

@@ -1,131 +1,159 @@
 """Saved predictions, read suspiciously: nothing is unpickled, and nothing is allocated on the word of a header alone."""
 
 import re
-import threading
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 
-from .files import BadFile, by_stem, first_line, inside, listed
-from .labels import read_png
+from .._resize import resized
+from ..one_channel import two_channels
+from .arrays import Accept, read_array, read_npy
+from .files import BadFile, Listed, inside, listed
+from .images import MOST_PIXELS, read_numbers
+from .matching import CLASS, CONFIDENCE, ends_in
+from .shapes import Shape
 
 ARRAYS = (".npy", ".npz", ".pt", ".pth")
-_CONFIDENCE, _CLASS = "_confidence", "_prediction"
-# Besides the numbers themselves: headers, names, the structure of an archive.
-_SLACK = 1 << 20
-# numpy parses headers with `ast`, which in Python 3.11 fails in two threads at a time (SystemError, python/cpython#106905).
-_HEADERS = threading.Lock()
 Array = Union[np.ndarray, torch.Tensor]
+Prediction = Union[Array, Tuple[Array, Array]]
 
 
-class Shape(NamedTuple):
-    """What a prediction must be, from its label."""
+class PredictionKind(NamedTuple):
+    """How predictions are read."""
 
-    classes: int
-    height: int
-    width: int
-
-    def check(self, path: Path, got: Tuple[int, ...]) -> None:
-        """`BadFile` unless `got` is (C, H, W), or (1, C, H, W)."""
-        whole = all(type(size) is int for size in got)  # in a header, True is 1 as well
-        if not whole or tuple(got) not in (tuple(self), (1, *self)):
-            remedy = "resize the logits, or save them at the label's resolution, yourself"
-            raise BadFile(path, f"expected an array {tuple(self)} as its label has it, got {tuple(got)}; {remedy}")
-
-    @property
-    def most_bytes(self) -> int:
-        """In float64."""
-        return 8 * self.classes * self.height * self.width + _SLACK
+    input: str
+    key: Optional[str] = None
+    """Which array of an .npz, or of a dictionary in a .pt."""
+    max_pixels: int = MOST_PIXELS
 
 
-def find_predictions(source: Path) -> Dict[str, Path]:
-    """Image -> file: an array, or the confidence of a pair of PNGs, NAME_confidence.png and NAME_prediction.png.
+def find_predictions(source: Path, *, suffixes: Sequence[str] = (), follow_links: bool = False) -> Listed:
+    """The arrays, and the confidences of pairs of PNGs, NAME_confidence.png and NAME_prediction.png.
 
     Raises:
-        BadFile: no such folder or list, nothing in it, two predictions of one image.
+        BadFile: no such folder or list, nothing in it.
     """
-    paths = listed(source, [*ARRAYS, ".png"])
-    wanted = [path for path in paths if path.suffix.lower() in ARRAYS or path.stem.endswith(_CONFIDENCE)]
+    found = listed(source, [*ARRAYS, ".png"], follow_links=follow_links)
+    wanted = [path for path in found.paths if path.suffix.lower() in ARRAYS or path.stem.endswith(CONFIDENCE)]
     if not wanted:
-        raise BadFile(source, f"no {', '.join(ARRAYS)}, and no pair NAME{_CONFIDENCE}.png and NAME{_CLASS}.png")
-    return by_stem(wanted)
+        raise BadFile(source, f"no {', '.join(ARRAYS)}, and no pair NAME{CONFIDENCE}.png and NAME{CLASS}.png")
+    if suffixes:
+        some = [path for path in wanted if ends_in(path, suffixes)]
+        if not some:
+            told = f"no prediction's name ends in {' or '.join(suffixes)}; there is, for example, {wanted[0].name}"
+            raise BadFile(source, told)
+        wanted = some
+    return found._replace(paths=wanted)
 
 
-def read_prediction(path: Path, *, folder: Path, shape: Shape, key: Optional[str]) -> Union[Array, Tuple[Array, Array]]:
-    """(1, C, H, W) floating, or for PNGs a pair of confidence and predicted class, (1, H, W) each.
+def read_prediction(path: Path, *, folder: Path, shape: Shape, kind: PredictionKind) -> Prediction:
+    """(1, C, *S) floating, or for PNGs a pair of confidence and predicted class, (1, H, W) each.
+
+    Scores of fewer pixels are interpolated to the label's (`Shape.upsample`), one sigmoid channel becomes two, and
+    probabilities times 255 or 65535 in uint8 or uint16 are divided by their sum over the classes, in float64.
 
     Args:
         folder: which the file must not leave.
-        key: which array of an .npz, or of a dictionary in a .pt.
 
     Raises:
         BadFile: missing, truncated, of another shape or kind, pickled, larger than it may be.
     """
     inside(path, folder)
-    kind = path.suffix.lower()
-    if kind == ".png":
-        return _read_pair(path, folder, shape)
+    ending = path.suffix.lower()
+    if ending == ".png":
+        return _read_pair(path, folder, shape, kind)
     if path.stat().st_size == 0:
         raise BadFile(path, "empty")
-    read = {".npy": _read_npy, ".npz": _read_npz}.get(kind, _read_pt)
-    array = read(path, shape, key)
-    return array.reshape(1, *shape)
+    read = {".npy": _read_npy, ".npz": _read_npz}.get(ending, _read_pt)
+    array = read(path, shape, kind)
+    array = array.reshape(shape.check(path, tuple(array.shape)))
+    if shape.channels_last:
+        axes = (0, len(shape.size) + 1, *range(1, len(shape.size) + 1))
+        array = array.transpose(axes) if isinstance(array, np.ndarray) else array.permute(axes)
+    sigmoid = shape.one_channel
+    if not _is_floating(array):
+        array, sigmoid = _probabilities(path, array, one_channel=sigmoid), False
+    if sigmoid or tuple(array.shape[2:]) != shape.size:
+        scores = torch.as_tensor(array)
+        if tuple(scores.shape[2:]) != shape.size:
+            scores = resized("evaluate", scores.float() if scores.dtype == torch.float16 else scores, shape.size)
+            if kind.input == "log_probs":  # as interpolated logits would give
+                scores = torch.log_softmax(scores, 1)
+        return two_channels(scores, input=kind.input) if sigmoid else scores
+    return array
 
 
-def _read_npy(path: Path, shape: Shape, key: Optional[str]) -> Array:
-    with path.open("rb") as file:
-        return _read_array(path, file, path.stat().st_size, shape)
+def _is_floating(array: Array) -> bool:
+    return array.is_floating_point() if isinstance(array, torch.Tensor) else array.dtype.kind == "f"
 
 
-def _read_npz(path: Path, shape: Shape, key: Optional[str]) -> Array:
+def _probabilities(path: Path, array: Array, *, one_channel: bool) -> np.ndarray:
+    """Of whole numbers, probabilities times the largest one of their kind: (1, C, *S) float64, also of one channel.
+
+    As in a narrower kind 51 / 255 is beyond the bin that ends at 3 / 15: the ECE of some predictions was off by 0.006.
+    """
+    values = array.numpy() if isinstance(array, torch.Tensor) else array
+    most = int(np.iinfo(values.dtype).max)
+    if one_channel:
+        values = np.concatenate([most - values, values], 1)
+    total = values.sum(1, keepdims=True, dtype=np.int64)
+    off = int(np.abs(total - most).max())
+    if off > values.shape[1]:  # rounding, or cutting off, moves each by at most 1
+        remedy = f"save round({most} * p), or floats"
+        worst = int(total.reshape(-1)[np.abs(total - most).argmax()])
+        raise BadFile(path, f"expected probabilities times {most}, whose sum is it, got the sum {worst}; {remedy}")
+    scores: np.ndarray = values / total
+    return scores
+
+
+def _accept(path: Path, shape: Shape, kind: PredictionKind) -> Accept:
+    def accept(got: Tuple[int, ...], dtype: np.dtype) -> None:
+        _check_kind(path, dtype.kind, dtype.itemsize, str(dtype), got, kind)
+        shape.check(path, got)
+
+    return accept
+
+
+def _check_kind(path: Path, letter: str, size: int, name: str, got: Sequence[int], kind: PredictionKind) -> None:
+    """`letter`: "f" floating, "u" unsigned, as numpy has it."""
+    if letter == "f" and size <= 8:
+        return
+    if letter == "u" and size <= 2:
+        if kind.input == "probs":
+            return
+        remedy = f"whole numbers are probabilities times {256**size - 1} only: pass --input probs, or save floating numbers"
+    elif letter in "iub" and len(got) <= 3 and (len(got) < 3 or got[0] == 1):
+        remedy = "predicted classes alone have no confidence: save scores, or pairs of PNGs"
+    else:
+        remedy = "save x.astype('float32')" if letter in "f" else "save scores as float16 or float32"
+    raise BadFile(path, f"expected floating numbers, got {name}; {remedy}")
+
+
+def _read_npy(path: Path, shape: Shape, kind: PredictionKind) -> Array:
+    return read_npy(path, _accept(path, shape, kind))
+
+
+def _read_npz(path: Path, shape: Shape, kind: PredictionKind) -> Array:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             entries = {re.sub(r"\.npy$", "", entry.filename): entry for entry in members}
             if len(entries) < len(members):
                 raise BadFile(path, "holds two arrays of one name")
-            entry = entries[_choose(path, list(entries), key)]
+            entry = entries[_choose(path, list(entries), kind.key)]
             # Of the others, zipfile unpacks everything at once, however little of it is asked for.
             if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise BadFile(path, "compressed in a way that numpy does not use")
+                raise BadFile(path, "compressed in a way that numpy does not use; save it with np.savez_compressed")
             with archive.open(entry) as file:
-                return _read_array(path, file, entry.file_size, shape)
+                return read_array(path, file, entry.file_size, _accept(path, shape, kind))
     except zipfile.BadZipFile as error:
         raise BadFile(path, f"not an archive that can be read, truncated? ({error})") from error
 
 
-def _read_array(path: Path, file: Any, size: int, shape: Shape) -> np.ndarray:
-    """One array in numpy's format; its header is believed only as far as the label and the file's size bear it out."""
-    try:
-        with _HEADERS:
-            version = np.lib.format.read_magic(file)
-            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            got, fortran, dtype = header(file)
-    except Exception as error:  # of many kinds, since it parses Python's syntax; among them MemoryError and RecursionError
-        raise BadFile(path, f"not an array in numpy's format ({first_line(error)})") from error
-    if dtype.kind != "f":
-        found = "Python objects, which are never unpickled" if dtype.hasobject else str(dtype)
-        raise BadFile(path, f"expected floating numbers, got {found}")
-    shape.check(path, got)
-    expected, left = int(np.prod(got)) * dtype.itemsize, size - file.tell()
-    if left != expected:
-        what = "truncated" if left < expected else "damaged, or a decompression bomb"
-        raise BadFile(path, f"{what}: {left} bytes of numbers where its header says {expected}")
-    content = bytearray(expected)  # and not bytes: torch wants memory that can be written
-    view, filled = memoryview(content), 0
-    while filled < expected:
-        count = file.readinto(view[filled:])
-        if not count:
-            raise BadFile(path, f"truncated: {filled} of {expected} bytes")
-        filled += count
-    array = np.frombuffer(content, dtype)
-    return array.reshape(got[::-1]).T if fortran else array.reshape(got)
-
-
-def _read_pt(path: Path, shape: Shape, key: Optional[str]) -> Array:
+def _read_pt(path: Path, shape: Shape, kind: PredictionKind) -> Array:
     # Before 2.6, weights_only could be got around (CVE-2025-32434).
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < (2, 6):
@@ -139,36 +167,43 @@ def _read_pt(path: Path, shape: Shape, key: Optional[str]) -> Array:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds, for what a damaged or hostile file can be
-        raise BadFile(path, f"torch.load(weights_only=True) refuses it: {first_line(error)}") from error
+        # Its first line tells to load it without `weights_only`, which runs what a file says.
+        if "numpy" in str(error):
+            raise BadFile(path, "holds a numpy array, which would be unpickled; save .npy by np.save, or a tensor") from error
+        remedy = "it holds more than tensors, or is damaged; save the tensor alone"
+        raise BadFile(path, f"torch.load(weights_only=True) refuses it: {remedy}") from error
     if isinstance(content, dict):
         named = {str(name): value for name, value in content.items()}
-        content = named[_choose(path, list(named), key)]
+        content = named[_choose(path, list(named), kind.key)]
     plain = isinstance(content, torch.Tensor) and content.layout == torch.strided and content.device.type == "cpu"
-    if not plain or not content.is_floating_point():
+    if not plain:
         found = f"{content.dtype} ({content.layout})" if isinstance(content, torch.Tensor) else type(content).__name__
-        raise BadFile(path, f"expected a dense floating tensor, got {found}")
-    shape.check(path, content.shape)
+        raise BadFile(path, f"expected a dense floating tensor, got {found}; save the logits alone")
     tensor: torch.Tensor = content
+    letter = "f" if tensor.is_floating_point() else "u" if tensor.dtype == torch.uint8 else "i"
+    _check_kind(path, letter, tensor.element_size(), str(tensor.dtype), tensor.shape, kind)
     return tensor
 
 
-def _read_pair(path: Path, folder: Path, shape: Shape) -> Tuple[Array, Array]:
-    partner = path.with_name(path.stem[: -len(_CONFIDENCE)] + _CLASS + path.suffix)
+def _read_pair(path: Path, folder: Path, shape: Shape, kind: PredictionKind) -> Tuple[Array, Array]:
+    partner = path.with_name(path.stem[: -len(CONFIDENCE)] + CLASS + path.suffix)
+    if not partner.exists():
+        raise BadFile(path, f"no {partner.name} beside it; confidences go in pairs with predicted classes")
     inside(partner, folder)
-    confidence, prediction = read_png(path), read_png(partner, palette=True)
+    confidence = read_numbers(path, max_pixels=kind.max_pixels)
+    prediction = read_numbers(partner, palette=True, max_pixels=kind.max_pixels)
     for one, file in ((confidence, path), (prediction, partner)):
-        if one.shape != tuple(shape[1:]):
-            raise BadFile(file, f"expected an image {tuple(shape[1:])} (height, width) as its label is, got {one.shape}")
-    scale = 255.0 if confidence.dtype == np.uint8 else 65535.0
-    return (confidence / scale)[None], prediction.astype(np.int64)[None]
+        if one.shape != shape.size:
+            raise BadFile(file, f"expected an image {shape.size} (height, width) as its label is, got {one.shape}")
+    most = 255.0 if confidence.dtype == np.uint8 else 65535.0
+    return (confidence / most)[None], prediction.astype(np.int64)[None]
 
 
-def _choose(path: Path, names: Any, key: Optional[str]) -> str:
+def _choose(path: Path, names: List[Any], key: Optional[str]) -> str:
     """The array asked for, or the only one."""
     chosen = key if key is not None else names[0] if len(names) == 1 else None
     if chosen not in names:
+        expected = "one array; choose with --key" if key is None else f"an array {key!r} for --key"
         listed_ = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-        raise BadFile(
-            path, f"expected {'one array; choose with --key' if key is None else f'an array {key!r}'}, got {listed_ or 'none'}"
-        )
+        raise BadFile(path, f"expected {expected}, got {listed_ or 'none'}")
     return str(chosen)

@@ -1,0 +1,129 @@
+"""Images of one number, or of one colour, a pixel; sizes are checked before anything is unpacked."""
+
+import struct
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator, NamedTuple, Optional
+
+import numpy as np
+
+from .files import BadFile, first_line
+
+FORMATS = {".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF", ".jpg": "JPEG", ".jpeg": "JPEG"}
+JPEG = (".jpg", ".jpeg")
+# As many as PIL takes without a warning.
+MOST_PIXELS = 89_478_485
+# PIL makes 0..255 of the values of 2 and 4 bits.
+_STEPS = {2: 85, 4: 17}
+# PIL keeps its own limit in a global variable.
+_OPENING = threading.Lock()
+
+
+class Png(NamedTuple):
+    """What the header of a PNG file says."""
+
+    width: int
+    height: int
+    depth: int
+    """Bits of a sample."""
+    colour: int
+    """0 grey, 2 colour, 3 palette, 4 grey with alpha, 6 colour with alpha."""
+
+
+def read_numbers(path: Path, *, palette: bool = False, max_pixels: int = MOST_PIXELS) -> np.ndarray:
+    """The numbers of a grey image (of 1, 2, 4, 8 or 16 bits, in a TIFF also 32), or the indices of a palette.
+
+    Returns:
+        (H, W) uint8, uint16 or int32.
+
+    Raises:
+        BadFile: colours, more than `max_pixels`, no such image, truncated.
+    """
+    header = _png_header(path, max_pixels) if path.suffix.lower() == ".png" else None
+    if header is not None and not (header.colour == 0 or (palette and header.colour == 3)):
+        kinds = {2: "colour", 3: "palette", 4: "grey with alpha", 6: "colour with alpha"}
+        found = f"{header.depth}-bit {kinds.get(header.colour, 'unknown')}"
+        raise _not_grey(path, "a grey PNG of at most 16 bits with one number a pixel", found)
+    with _opened(path, header, max_pixels) as image:
+        modes = ("1", "L", "I;16", "I;16B", "I;16L", "I") + (("P",) if palette else ())
+        if header is not None:
+            modes = {3: ("P",)}.get(header.colour, {1: ("1",), 16: ("I;16", "I")}.get(header.depth, ("L",)))
+        if image.mode not in modes:
+            if header is not None:
+                raise BadFile(path, f"contradicts its own header: {image.mode} {image.size}")
+            raise _not_grey(path, "a grey image with one whole number a pixel", f"PIL's mode {image.mode}")
+        kind = np.int32 if image.mode == "I" and header is None else np.uint16 if image.mode.startswith("I") else np.uint8
+        values = np.asarray(image).astype(kind)
+        step = _STEPS.get(header.depth, 1) if header is not None and header.colour == 0 else 1
+        return values if step == 1 else values // step
+
+
+def read_colours(path: Path, *, max_pixels: int = MOST_PIXELS) -> np.ndarray:
+    """The colours of an image, (H, W) int32, as 0xRRGGBB; `BadFile` for a grey one or one with transparent pixels."""
+    header = _png_header(path, max_pixels) if path.suffix.lower() == ".png" else None
+    with _opened(path, header, max_pixels) as image:
+        if image.mode not in ("RGB", "RGBA", "P"):
+            remedy = "leave out --palette where labels are numbers"
+            raise BadFile(path, f"expected an image of colours for --palette, got PIL's mode {image.mode}; {remedy}")
+        values = np.asarray(image.convert("RGBA")).astype(np.int32)
+    if (values[..., 3] != 255).any():
+        raise BadFile(path, "expected opaque colours, got transparent pixels; save it without alpha")
+    packed: np.ndarray = values[..., 0] << 16 | values[..., 1] << 8 | values[..., 2]
+    return packed
+
+
+def _not_grey(path: Path, expected: str, found: str) -> BadFile:
+    return BadFile(path, f"expected {expected}, got {found}; colour maps need --palette")
+
+
+@contextmanager
+def _opened(path: Path, header: Optional[Png], max_pixels: int) -> Iterator[Any]:
+    """PIL's image, nothing of it unpacked yet."""
+    from PIL import Image, UnidentifiedImageError
+
+    kind = FORMATS[path.suffix.lower()]
+    try:
+        with _OPENING:  # without PIL's limit: `max_pixels` holds instead
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                image = Image.open(path, formats=[kind])
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
+        with image:
+            _check_size(path, *image.size, max_pixels)
+            # A second header inside of the file would count for PIL and not for the checks of the first.
+            if header is not None and image.size != (header.width, header.height):
+                raise BadFile(path, f"contradicts its own header: {image.mode} {image.size}")
+            pages = getattr(image, "n_frames", 1)
+            if kind == "TIFF" and pages > 1:  # telephones put a second picture into a JPEG
+                raise BadFile(path, f"expected one image, got {pages} pages; save one file an image")
+            yield image
+    except BadFile:
+        raise
+    except UnidentifiedImageError as error:
+        raise BadFile(path, f"not a {kind} file, or truncated; is its ending wrong?") from error
+    except Exception as error:  # of many kinds, for what a damaged file can be
+        raise BadFile(path, f"cannot be decoded, truncated? ({first_line(error)})") from error
+
+
+def _check_size(path: Path, width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        remedy = "a decompression bomb? Pass --max-pixels for images this large"
+        raise BadFile(path, f"claims {width} x {height} pixels, more than {max_pixels}: {remedy}")
+
+
+def _png_header(path: Path, max_pixels: int) -> Png:
+    """Size and kind of a PNG."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(26)
+    except OSError as error:
+        raise BadFile(path, f"cannot be opened: {error.strerror}") from error
+    if not head:
+        raise BadFile(path, "empty")
+    if len(head) < 26 or head[:8] != b"\x89PNG\r\n\x1a\n" or head[12:16] != b"IHDR":
+        raise BadFile(path, "not a PNG file, or truncated")
+    header = Png(*struct.unpack(">IIBB", head[16:26]))
+    _check_size(path, header.width, header.height, max_pixels)
+    return header

@@ -1,0 +1,115 @@
+"""Which label belongs to which prediction, by their names."""
+
+import unicodedata
+from pathlib import Path
+from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
+
+from .files import BadFile
+
+CONFIDENCE, CLASS = "_confidence", "_prediction"
+# Endings of names that say what a file is and not which image it is of.
+_OF_IMAGES = ("_leftImg8bit", "_rgb_ref_anon", "_rgb_anon")
+_KINDS = ("labelTrainIds", "labelcsTrainIds", "labelIds", "labelColor", "color")
+_OF_LABELS = (
+    *(f"_{of}_{kind}" for of in ("gtFine", "gtCoarse", "gt") for kind in _KINDS),  # Cityscapes, ACDC, India Driving
+    *(f"_{kind}" for kind in _KINDS),
+    "_train_id",  # BDD100K
+    "_train_color",
+    "_L",  # CamVid
+)
+
+
+class Matched(NamedTuple):
+    """Image -> file, on either side."""
+
+    predictions: Dict[str, Path]
+    labels: Dict[str, Path]
+
+
+def matched(
+    predictions: Sequence[Path],
+    labels: Sequence[Path],
+    *,
+    folders: Tuple[Path, Path],
+    prediction_suffixes: Sequence[str] = (),
+    label_suffixes: Sequence[str] = (),
+) -> Matched:
+    """Match files by their names without endings, and in whatever form of Unicode.
+
+    Where several files of a side have one name, as frames of several sequences do, the folders that they lie in count too: as
+    few of the last ones as tell all files apart.
+
+    Args:
+        folders: of the predictions and of the labels.
+        prediction_suffixes, label_suffixes: endings that a name must have, one of them, and that do not count. Without any,
+            those of Cityscapes, ACDC, India Driving, BDD100K and CamVid do not count.
+
+    Raises:
+        BadFile: two files of one image.
+
+    Example:
+        >>> files = [Path("p/ulm_1_leftImg8bit.npy")], [Path("l/ulm/ulm_1_gtFine_labelTrainIds.png")]
+        >>> matched(*files, folders=(Path("p"), Path("l"))).labels
+        {'ulm_1': PosixPath('l/ulm/ulm_1_gtFine_labelTrainIds.png')}
+    """
+    ours = {_name(path): _without(_name(path), prediction_suffixes or _OF_IMAGES) for path in predictions}
+    images = set(ours.values())
+
+    def of_label(path: Path) -> str:
+        name = _name(path)
+        if not label_suffixes and (name in ours or name in images):
+            return ours.get(name, name)  # such as scan_L beside scan_R, of which _L is no ending
+        return _without(name, label_suffixes or (*_OF_LABELS, *_OF_IMAGES))
+
+    sides: List[Tuple[Sequence[Path], Path, Callable[[Path], str]]] = [
+        (predictions, folders[0], lambda path: ours[_name(path)]),
+        (labels, folders[1], of_label),
+    ]
+    depth = 1
+    while True:
+        named = [[(_last(path, folder, stem(path), depth), path) for path in paths] for paths, folder, stem in sides]
+        if all(len(dict(side)) == len(side) for side in named):
+            return Matched(dict(named[0]), dict(named[1]))
+        if depth > max(len(path.parts) for paths, _, _ in sides for path in paths):
+            raise _second(named)
+        depth += 1
+
+
+def ends_in(path: Path, suffixes: Sequence[str]) -> bool:
+    """Whether a name has one of the endings, with or without .png or the like; for pairs, before `CONFIDENCE`."""
+    return any(_name(path).endswith(_bare(suffix)) or path.name.endswith(suffix) for suffix in suffixes)
+
+
+def _name(path: Path) -> str:
+    name = unicodedata.normalize("NFC", path.stem)
+    return name[: -len(CONFIDENCE)] if name.endswith(CONFIDENCE) and name != CONFIDENCE else name
+
+
+def _bare(suffix: str) -> str:
+    """Without .png, which people write as well."""
+    return unicodedata.normalize("NFC", suffix.rsplit(".", 1)[0] if "." in suffix else suffix)
+
+
+def _without(name: str, suffixes: Sequence[str]) -> str:
+    for suffix in sorted((_bare(suffix) for suffix in suffixes), key=len, reverse=True):
+        if suffix and name.endswith(suffix) and name != suffix:
+            return name[: -len(suffix)]
+    return name
+
+
+def _last(path: Path, folder: Path, stem: str, depth: int) -> str:
+    """The image's name after the last `depth` - 1 of the folders below `folder` that the file lies in."""
+    above = path.parent.relative_to(folder).parts
+    return "/".join([*(unicodedata.normalize("NFC", part) for part in above[max(len(above) - depth + 1, 0) :]), stem])
+
+
+def _second(named: Sequence[Sequence[Tuple[str, Path]]]) -> BadFile:
+    found: Dict[str, Path] = {}
+    for side in named:
+        found.clear()
+        for name, path in side:
+            if name in found:
+                remedy = "move one of them elsewhere, or say which by --label-suffix or --prediction-suffix"
+                return BadFile(path, f"the second file of image {name!r}, after {found[name]}; {remedy}")
+            found[name] = path
+    raise AssertionError("no name twice")
