@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+LOGIT_FLOOR = -1e4
+"""The logit of a class that is masked out: exp(-10000) is 0 in any precision, and 0 times it is no NaN, as it is of -inf."""
+
 
 def at_least_float32(x: Tensor) -> Tensor:
     """The tensor in float32, or in float64 if it is.

@@ -1,6 +1,7 @@
 """The command `dacal`, also `python -m dacal_addon`."""
 
 import argparse
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -182,7 +183,8 @@ def _add_labels(evaluate: Any) -> None:
         type=int,
         action="append",
         metavar="LABEL",
-        help="the label of pixels that do not count, which may be a class (255); repeat it for several",
+        help="the label of pixels that do not count, which may be a class (255): as it is in the files, also with "
+        "--reduce-zero-label; with --label-map or --palette a training id. Repeat it for several",
     )
     what.add_argument("--class-names", metavar="NAME_OR_FILE", help="a text file, one name a line; or the name of a label map")
     what.add_argument("--trust-labels", action="store_true", help="go on where labels look shifted, or like masks of 0 and 255")
@@ -198,9 +200,11 @@ def _add_files(evaluate: Any) -> None:
     )
     which.add_argument("--only-labels-of-predictions", action="store_true", help="leave out labels without a prediction")
     which.add_argument("--follow-links", action="store_true", help="look into linked folders that lie inside of the folder")
-    which.add_argument(
-        "--max-pixels", type=_at_least(1), default=89_478_485, metavar="N", help="of an image, at most (%(default)s)"
-    )
+    which.add_argument("--max-pixels", type=_at_least(1), metavar="N", help="of an image, at most; default: 89 million")
+
+
+# Commands whose operations take several threads each; `evaluate` has a thread an image.
+_THREADED = ("demo", "calibrate")
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -208,6 +212,12 @@ def main(arguments: Optional[List[str]] = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(words)
     command = options.command
+    if arguments is None and command in _THREADED and os.name == "posix" and "OMP_WAIT_POLICY" not in os.environ:
+        # Read when torch is loaded, which has happened: begin again. Threads that wait by spinning made a training step take 4
+        # times as long beside another process that does, and 2 when they sleep (benchmarks/neighbour.py).
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, "-m", "dacal_addon", *words])
     needed = {
         "evaluate": ["matplotlib", "PIL", "jinja2"],
         "demo": ["matplotlib", *(["PIL", "sklearn"] * (getattr(options, "dataset", "") == "digits"))],

@@ -11,7 +11,8 @@ IgnoreIndex = Union[int, Sequence[int]]
 """The label, or the labels, of pixels that neither train nor judge."""
 # Labels are compared as float64 by the metrics, which is exact up to here.
 _FURTHEST = 1 << 52
-_VOID = 255
+USUAL = 255
+"""The label that does not count where nothing is said of it."""
 
 
 def ignored_labels(function: str, ignore_index: IgnoreIndex) -> Tuple[int, ...]:
@@ -39,6 +40,7 @@ def is_ignored(label: Tensor, ignore_index: IgnoreIndex) -> Tensor:
         >>> is_ignored(torch.tensor([0, 1, 255]), (0, 255)).tolist()
         [True, False, True]
     """
+    label = label.long()  # in uint8, -1 would equal 255
     if isinstance(ignore_index, (tuple, list)):
         found = torch.zeros_like(label, dtype=torch.bool)
         for one in ignore_index:
@@ -69,11 +71,27 @@ def with_one_void(label: Tensor, ignore_index: IgnoreIndex) -> Tensor:
     return label.masked_fill(is_ignored(label, ignore_index), void_label(ignore_index))
 
 
-def ignored_or_255(function: str, ignore_index: Optional[IgnoreIndex], num_classes: Optional[int] = None) -> IgnoreIndex:
+def usual_is_class(num_classes: int, *, first_label: int = 0) -> bool:
+    """Whether label 255 is a class, where class 0 has the label `first_label`.
+
+    Example:
+        >>> usual_is_class(255), usual_is_class(256), usual_is_class(255, first_label=1)
+        (False, True, True)
+    """
+    return first_label + num_classes > USUAL
+
+
+def ignored_or_255(
+    function: str, ignore_index: Optional[IgnoreIndex], num_classes: Optional[int] = None, *, first_label: int = 0
+) -> IgnoreIndex:
     """What was given, checked, or where nothing was 255, unless that is a class: then it must be said.
 
+    Args:
+        num_classes: C; None where it is not known yet.
+        first_label: of class 0.
+
     Raises:
-        ValueError: no labels; more than 255 classes, and nothing given.
+        ValueError: no labels; nothing given where 255 is a class.
 
     Example:
         >>> ignored_or_255("f", None), ignored_or_255("f", [0]), ignored_or_255("f", (0, 255))
@@ -82,8 +100,9 @@ def ignored_or_255(function: str, ignore_index: Optional[IgnoreIndex], num_class
     if ignore_index is not None:
         labels = ignored_labels(function, ignore_index)
         return labels if len(labels) > 1 else labels[0]
-    if num_classes is not None and num_classes > _VOID:
-        remedy = f"pass ignore_index={_VOID} if class {_VOID} is not to count, else a label that does not occur, such as -1"
-        expected = f"ignore_index to be given with {num_classes} classes, of which {_VOID} is one"
+    if num_classes is not None and usual_is_class(num_classes, first_label=first_label):
+        remedy = f"pass ignore_index={USUAL} if class {USUAL - first_label} is not to count, "
+        remedy += "else a label that does not occur, such as -1"
+        expected = f"ignore_index to be given with {num_classes} classes, of which {USUAL} is one"
         raise problem(function, expected=expected, got="none", remedy=remedy)
-    return _VOID
+    return USUAL

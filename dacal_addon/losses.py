@@ -13,7 +13,7 @@ from torch import Tensor
 from ._check import as_whole, check_label, check_logits, check_number, check_tensor, describe, problem
 from ._resize import MODES
 from ._upcast import at_least_float32
-from .ignoring import IgnoreIndex, ignored_labels, is_ignored, void_label, with_one_void
+from .ignoring import IgnoreIndex, ignored_or_255, is_ignored, void_label, with_one_void
 
 
 class InnerLoss(Protocol):
@@ -74,7 +74,9 @@ def soft_cross_entropy(logits: Tensor, soft_label: Tensor, weight: Optional[Tens
     return _mean_over(labelled, loss, _checked_weight("soft_cross_entropy", weight, loss))
 
 
-def cross_entropy(logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, ignore_index: IgnoreIndex = 255) -> Tensor:
+def cross_entropy(
+    logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, ignore_index: Optional[IgnoreIndex] = None
+) -> Tensor:
     """Outer loss: mean of weight * cross-entropy over the pixels whose label is not of `ignore_index`.
 
     `soft_cross_entropy` for hard labels, with the same mean.
@@ -83,7 +85,7 @@ def cross_entropy(logits: Tensor, label: Tensor, weight: Optional[Tensor] = None
         logits: (N, C, *S), floating, at the resolution of the labels.
         label: (N, *S) int64, of `ignore_index` where not judged.
         weight: (N, *S), floating, >= 0; None for 1 everywhere.
-        ignore_index: one label or several; they may be classes.
+        ignore_index: one label or several; they may be classes. None for 255; it must be given where that is one.
 
     Example:
         >>> logits = torch.zeros(1, 4, 1, 2)
@@ -92,13 +94,15 @@ def cross_entropy(logits: Tensor, label: Tensor, weight: Optional[Tensor] = None
     """
     check_logits("cross_entropy", "logits", logits)
     _check_label("cross_entropy", logits, label)
-    ignored = ignored_labels("cross_entropy", ignore_index)
+    ignored = ignored_or_255("cross_entropy", ignore_index, logits.shape[1])
     label, void = with_one_void(label, ignored), void_label(ignored)
     loss = F.cross_entropy(at_least_float32(logits), label, ignore_index=void, reduction="none")
     return _mean_over(label != void, loss, _checked_weight("cross_entropy", weight, loss))
 
 
-def brier(logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, ignore_index: IgnoreIndex = 255) -> Tensor:
+def brier(
+    logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, ignore_index: Optional[IgnoreIndex] = None
+) -> Tensor:
     """Outer loss: mean of weight * |softmax - one-hot label|^2 over the judged pixels.
 
     Proper as cross-entropy is, but a pixel costs at most 2: labels that are themselves wrong now and then weigh less.
@@ -113,14 +117,19 @@ def brier(logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, ign
     """
     check_logits("brier", "logits", logits)
     _check_label("brier", logits, label)
-    judged = ~is_ignored(label, ignored_labels("brier", ignore_index))
+    judged = ~is_ignored(label, ignored_or_255("brier", ignore_index, logits.shape[1]))
     p = F.softmax(at_least_float32(logits), dim=1)
     of_label = p.gather(1, label.masked_fill(~judged, 0).unsqueeze(1))[:, 0]
     return _mean_over(judged, p.pow(2).sum(1) - 2 * of_label + 1, _checked_weight("brier", weight, of_label))
 
 
 def calibration_gap(
-    logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, n_bins: int = 15, ignore_index: IgnoreIndex = 255
+    logits: Tensor,
+    label: Tensor,
+    weight: Optional[Tensor] = None,
+    *,
+    n_bins: int = 15,
+    ignore_index: Optional[IgnoreIndex] = None,
 ) -> Tensor:
     """Outer loss: the squared, binned calibration error with a gradient, sum_b share_b * (confidence_b - accuracy_b)^2.
 
@@ -133,7 +142,7 @@ def calibration_gap(
         label: (N, *S) int64, of `ignore_index` where not judged.
         weight: (N, *S), floating, >= 0: how much a pixel counts; None for 1 everywhere.
         n_bins: number of bins, >= 1.
-        ignore_index: one label or several; they may be classes.
+        ignore_index: one label or several; they may be classes. None for 255; it must be given where that is one.
 
     Returns:
         A scalar in 0..1. 0 without any judged pixel.
@@ -150,7 +159,7 @@ def calibration_gap(
     check_logits("calibration_gap", "logits", logits)
     n_bins = as_whole("calibration_gap", "n_bins", n_bins, low=1)
     _check_label("calibration_gap", logits, label)
-    counted = ~is_ignored(label, ignored_labels("calibration_gap", ignore_index))
+    counted = ~is_ignored(label, ignored_or_255("calibration_gap", ignore_index, logits.shape[1]))
     judged = counted.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     weight = _checked_weight("calibration_gap", weight, judged)
     mass = (judged if weight is None else judged * weight).flatten()
@@ -185,7 +194,7 @@ class CrossEntropyAndGap:
         self.n_bins = as_whole("CrossEntropyAndGap", "n_bins", n_bins, low=1)
 
     def __call__(
-        self, logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, ignore_index: IgnoreIndex = 255
+        self, logits: Tensor, label: Tensor, weight: Optional[Tensor] = None, *, ignore_index: Optional[IgnoreIndex] = None
     ) -> Tensor:
         gap = calibration_gap(logits, label, weight, n_bins=self.n_bins, ignore_index=ignore_index)
         return cross_entropy(logits, label, weight, ignore_index=ignore_index) + self.gap_weight * gap

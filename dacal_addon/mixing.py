@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._check import as_whole, check_choice, check_label, check_number, check_tensor, describe, problem
-from .ignoring import IgnoreIndex, ignored_labels, is_ignored, void_label
+from .ignoring import IgnoreIndex, ignored_labels, ignored_or_255, is_ignored, void_label
 from .pseudo_labels import one_hot
 
 SCOPES = ("image", "batch")
@@ -125,7 +125,7 @@ def complement(mask: Tensor) -> Tensor:
     return ~mask
 
 
-def mix(mask: Tensor, source: Tensor, target: Tensor, *, ignore_index: IgnoreIndex = 255) -> Tensor:
+def mix(mask: Tensor, source: Tensor, target: Tensor, *, ignore_index: Optional[IgnoreIndex] = None) -> Tensor:
     """`source` where the mask is True, `target` elsewhere: every pixel comes from exactly one side, bit for bit.
 
     Args:
@@ -133,13 +133,14 @@ def mix(mask: Tensor, source: Tensor, target: Tensor, *, ignore_index: IgnoreInd
         source, target: both images or soft labels (N, K, *S), both hard labels or weights (N, *S), or one hard label
             (N, *S) int64 and one soft label (N, C, *S): the hard one then becomes one-hot, all zeros where it is of
             `ignore_index`.
-        ignore_index: of hard labels that become one-hot; one or several.
+        ignore_index: of hard labels that become one-hot; one or several. None for 255; it must be given where that is a class.
 
     Returns:
         A tensor like the inputs (the soft one, where they differ). Gradient flows to both sides.
 
     Raises:
-        ValueError, TypeError: a mask that is not bool (N, 1, *S), sides that do not fit it or each other.
+        ValueError, TypeError: a mask that is not bool (N, 1, *S), sides that do not fit it or each other; no
+            `ignore_index` where 255 is a class.
 
     Example:
         >>> mask = torch.tensor([True, False]).view(1, 1, 1, 2)
@@ -159,7 +160,8 @@ def mix(mask: Tensor, source: Tensor, target: Tensor, *, ignore_index: IgnoreInd
     if source.dim() != target.dim():
         hard, soft = (target, source) if source.dim() == mask.dim() else (source, target)
         check_label("mix", "the hard label beside a soft one", hard)
-        encoded = one_hot(hard, soft.shape[1], ignore_index=ignore_index).to(soft.dtype)
+        ignored = ignored_or_255("mix", ignore_index, soft.shape[1])
+        encoded = one_hot(hard, soft.shape[1], ignore_index=ignored).to(soft.dtype)
         source, target = (soft, encoded) if source.dim() == mask.dim() else (encoded, soft)
     if source.shape != target.shape or source.dtype != target.dtype:
         expected = "source and target of one shape and dtype"

@@ -20,12 +20,10 @@ from ._check import (
     describe,
     problem,
 )
-from ._upcast import at_least_float32
-from .ignoring import IgnoreIndex, ignored_labels, is_ignored, void_label
+from ._upcast import LOGIT_FLOOR, at_least_float32
+from .ignoring import IgnoreIndex, ignored_labels, ignored_or_255, is_ignored, void_label
 
 WEIGHTS = ("ratio", "confidence", "threshold", "none")
-# exp(-10000) is 0 in any precision. A class masked out with -inf would make T's gradient 0 * inf.
-LOGIT_FLOOR = -1e4
 
 
 class TemperatureNet(Protocol):
@@ -72,6 +70,7 @@ def soft_label(logits: Tensor, temperature: Tensor) -> Tensor:
     if tuple(t.shape) != shape:
         raise problem("soft_label", expected=expected, got=describe(t), remedy="one temperature per pixel")
     z = logits.detach()
+    # A class masked out with -inf would make the gradient of the temperature 0 * inf.
     z = at_least_float32(z).clamp(min=LOGIT_FLOOR)
     # The clamp is a copy, too: what `torch.inference_mode` made cannot be part of a graph.
     return F.softmax(z / t, dim=1)
@@ -161,7 +160,7 @@ class SoftPseudoLabeler:
         *,
         features: Optional[Tensor] = None,
         valid: Optional[Tensor] = None,
-        ignore_index: IgnoreIndex = 255,
+        ignore_index: Optional[IgnoreIndex] = None,
     ) -> SoftPseudoLabels:
         """Label a batch.
 
@@ -171,29 +170,31 @@ class SoftPseudoLabeler:
             valid: (N, *S) bool, False where the image is padding: weight and soft label are 0 there, so that the pixel counts
                 neither in the loss nor in its mean.
             ignore_index: one label or several; the last is what `pseudo_label` is on padding. Those that are classes too, as in
-                data sets whose class 0 is "unlabelled", the teacher is never asked for, and nothing is taught them.
+                data sets whose class 0 is "unlabelled", the teacher is never asked for, and nothing is taught them. None for
+                255; it must be given where that is a class.
 
         Raises:
             ValueError, TypeError: inputs of another shape or kind; rows to ignore in what has none.
         """
-        z = without_classes("SoftPseudoLabeler", teacher_logits, ignore_index)
+        z, ignored = _taught(teacher_logits, ignore_index)
         if self.temperature_net is None:
             temperature = torch.ones_like(z[:, :1], dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
         elif features is None:
             temperature = self.temperature_net(z)
         else:
             temperature = self.temperature_net(z, features)
-        pseudo_label, weight = self._hard_labels(z, valid, ignore_index)
+        pseudo_label, weight = self._hard_labels(z, valid, ignored)
         soft = soft_label(z, temperature)
         if valid is not None:
             soft = soft.masked_fill(~valid.unsqueeze(1), 0.0)
         return SoftPseudoLabels(soft, pseudo_label, weight, temperature)
 
     def hard_labels(
-        self, teacher_logits: Tensor, *, valid: Optional[Tensor] = None, ignore_index: IgnoreIndex = 255
+        self, teacher_logits: Tensor, *, valid: Optional[Tensor] = None, ignore_index: Optional[IgnoreIndex] = None
     ) -> Tuple[Tensor, Tensor]:
         """(`pseudo_label`, `weight`) of the same call, which do not need the temperatures."""
-        return self._hard_labels(without_classes("SoftPseudoLabeler", teacher_logits, ignore_index), valid, ignore_index)
+        z, ignored = _taught(teacher_logits, ignore_index)
+        return self._hard_labels(z, valid, ignored)
 
     def _hard_labels(self, z: Tensor, valid: Optional[Tensor], ignore_index: IgnoreIndex) -> Tuple[Tensor, Tensor]:
         pseudo_label, weight = z.argmax(1), confidence_weight(z, mode=self.weight, threshold=self.threshold)
@@ -212,6 +213,13 @@ class SoftPseudoLabeler:
             weight = weight.masked_fill(~mask, 0.0)
             pseudo_label = pseudo_label.masked_fill(~mask, void_label(ignore_index))
         return pseudo_label, weight
+
+
+def _taught(teacher_logits: Tensor, ignore_index: Optional[IgnoreIndex]) -> Tuple[Tensor, IgnoreIndex]:
+    """The logits of what is taught, and the labels that do not count."""
+    check_logits("SoftPseudoLabeler", "teacher_logits", teacher_logits)
+    ignored = ignored_or_255("SoftPseudoLabeler", ignore_index, teacher_logits.shape[1])
+    return without_classes("SoftPseudoLabeler", teacher_logits, ignored), ignored
 
 
 def without_classes(function: str, teacher_logits: Tensor, ignore_index: IgnoreIndex) -> Tensor:
@@ -243,7 +251,8 @@ def one_hot(label: Tensor, num_classes: int, *, ignore_index: IgnoreIndex = 255)
     Args:
         label: (N, *S) int64 of classes or `ignore_index`.
         num_classes: C.
-        ignore_index: one label or several; they may be classes.
+        ignore_index: one label or several; they may be classes. The default ignores 255 of more than 255 classes too, where
+            everything else in the package asks.
 
     Returns:
         (N, C, *S) float32.

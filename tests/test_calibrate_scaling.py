@@ -207,3 +207,14 @@ def test_one_sigmoid_channel_is_fitted_as_two(spatial):
     found = fitted_temperature(two_channels(z), label)
     assert found == pytest.approx(oracle.x, rel=1e-3)
     assert found == pytest.approx(3, rel=0.15)
+
+
+def test_class_255_is_not_dropped_in_silence():
+    z = torch.randn(1, 256, 4, 5, generator=torch.Generator().manual_seed(0))
+    label = z.argmax(1)
+    label[:, 0], label[:, 1] = 255, 0
+    with pytest.raises(ValueError, match=r"fitted_temperature: expected ignore_index to be given with 256 classes, .*-1"):
+        fitted_temperature(z, label)
+    judged = fitted_temperature(z[:, :, 1:], label[:, 1:], ignore_index=-1)
+    assert fitted_temperature(z, label, ignore_index=255) == pytest.approx(judged, rel=1e-4)
+    assert fitted_temperature(z, label, ignore_index=-1) != pytest.approx(judged, rel=1e-2)

@@ -25,14 +25,14 @@ def batch(seed=0):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on loading its compiler
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "compile"])
 @pytest.mark.parametrize("elements", [6000, 4_000_000])  # several pieces an image, and one
-def test_metrics_count_the_same_pixels(compiled, elements, monkeypatch):
+def test_metrics_count_the_same_pixels(backend, elements, monkeypatch):
     monkeypatch.setitem(pixels._ELEMENTS, GPU.type, elements)
     logits, label = 4 * randn(3, 6, 40, 50).float(), torch.randint(0, 6, (3, 40, 50), generator=generator())
     label[0, :5] = 255
     on_cpu = CalibrationStats(6, input="logits", classwise=True, per_image=True)
-    on_gpu = CalibrationStats(6, input="logits", classwise=True, per_image=True, compile=compiled, device=GPU)
+    on_gpu = CalibrationStats(6, input="logits", classwise=True, per_image=True, backend=backend, device=GPU)
     for part in zip(logits.split(1), label.split(1)):
         on_cpu.update(*part)
         on_gpu.update(*(x.to(GPU) for x in part))

@@ -12,8 +12,9 @@ from oracles import predictions
 from PIL import Image
 
 from dacal_addon import cli
-from dacal_addon.evaluate import compare, tables
+from dacal_addon.evaluate import compare, judging, tables
 from dacal_addon.evaluate.compare import difference
+from dacal_addon.evaluate.judging import read_image
 from dacal_addon.metrics import CalibrationStats
 from dacal_addon.metrics.bootstrap import Bootstrap
 from dacal_addon.metrics.catalogue import CATALOGUE
@@ -98,7 +99,7 @@ def test_differences_are_taken_in_pairs(case):
 def test_images_that_one_network_lacks_are_an_error_before_anything_is_judged(case, capsys, monkeypatch):
     folder, z, _ = case
     save(folder, "few", z[:3], IMAGES[:3])
-    monkeypatch.setattr(compare, "judge_all", lambda *a: pytest.fail("judged"))
+    monkeypatch.setattr(compare, "judge_together", lambda *a: pytest.fail("judged"))
     assert run(folder, folder / "few") == 1
     assert "b.png: no prediction of image 'b'" in capsys.readouterr().err
 
@@ -193,7 +194,30 @@ def test_one_image_has_no_interval_and_the_report_says_why(case, capsys):
     assert found["comparison"]["networks"][1]["differences"] == {}
     page = (folder / "out" / "report.html").read_text()
     assert page.count("none: needs two images or more") == 2 * (len(found["metrics"]) - 1)
-    assert "warning: 3 of 4 labels have no prediction" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "warning: 3 of 4 labels have no prediction" in told
+    assert "are in every network" not in told  # since none has more
+
+
+def test_images_that_are_not_in_every_network_are_left_out_of_all_and_it_says_so(case, capsys):
+    folder, z, _ = case
+    save(folder, "few", z[:2], IMAGES[:2])
+    (folder / "first" / "d.npy").unlink()
+    assert run(folder, folder / "few", more=["--only-labels-of-predictions"]) == 0
+    assert [row["name"] for row in report(folder)["per_image"]] == ["a"]
+    told = "1 of 4 images are in every network; the others are left out of all"
+    assert capsys.readouterr().err.count(f"warning: {told}") == 1
+
+
+def test_every_image_is_judged_once_though_one_is_bad_in_one_network(case, monkeypatch):
+    folder, z, _ = case
+    save(folder, "broken", z)
+    (folder / "broken" / "d.npy").write_bytes(b"")
+    read = []
+    monkeypatch.setattr(judging, "read_image", lambda name, *rest: read.append(name) or read_image(name, *rest))
+    assert run(folder, folder / "broken", more=["--keep-going"]) == 3
+    assert sorted(read) == sorted(2 * IMAGES)
+    assert [row["name"] for row in report(folder)["per_image"]] == ["a", "a1", "b"]
 
 
 def test_a_remark_on_labels_is_made_once_and_with_numbers(tmp_path, capsys):

@@ -174,7 +174,6 @@ WAYS = {
     "npy, int64": (1 << 40, lambda path, x: np.save(path, x), "npy"),
     "npy, the other end first": (1 << 30, lambda path, x: np.save(path, x.astype(">u4")), "npy"),
     "npy, Fortran order": (200, lambda path, x: np.save(path, np.asfortranarray(x.astype("uint8"))), "npy"),
-    "npy, of one": (200, lambda path, x: np.save(path, x[None].astype("int16")), "npy"),
 }
 
 
@@ -326,6 +325,31 @@ def test_masks_of_0_and_255(tmp_path):
     assert (judged(tmp_path, 2).stats.pixels, judged(tmp_path, 2).stats.accuracy()) == (64, 0.5)
 
 
+@pytest.mark.parametrize("way", ["1 bit", "1 bit by PIL", "1 bit of a palette", "TIFF", "npy"])
+@pytest.mark.parametrize("told", [{"label_map": "binary"}, {"label_map": "own.json"}, {}])
+def test_masks_of_one_bit(tmp_path, way, told):
+    """True is the foreground, as 255 is of others."""
+    mask = np.random.default_rng(0).random((H, W)) < 0.3
+    (tmp_path / "l").mkdir()
+    if way == "npy":
+        np.save(tmp_path / "l/a.npy", mask)
+    elif way == "1 bit":
+        grey_png(tmp_path / "l/a.png", mask.astype(int), 1)
+    elif "palette" in way:
+        picture = Image.fromarray(mask.astype("uint8"), "P")
+        picture.putpalette([0, 0, 0, 255, 255, 255])
+        picture.save(tmp_path / "l/a.png", bits=1)
+        assert (tmp_path / "l/a.png").read_bytes()[24:26] == bytes([1, 3])
+    else:
+        Image.fromarray(mask).save(tmp_path / f"l/a.{'tif' if way == 'TIFF' else 'png'}")
+    npy(tmp_path / "p/a.npy", np.stack([~mask, mask]).astype("f4"))
+    if "own.json" in told.values():
+        (tmp_path / "own.json").write_text('{"0": 0, "255": 1}')
+        told = {"label_map": str(tmp_path / "own.json")}
+    found = judged(tmp_path, 2, **told)
+    assert found.stats.confusion().tolist() == [[int((~mask).sum()), 0], [0, int(mask.sum())]]
+
+
 def ade20k(folder, classes=150):
     raw = np.random.default_rng(0).integers(0, classes, (16, 16))
     z = np.full((classes, 16, 16), -9, "f4")
@@ -385,15 +409,6 @@ def test_a_network_that_sees_one_class_everywhere_or_is_right_is_no_doubt(seed, 
     right[np.arange(classes), np.arange(classes)] = rng.integers(0, 1000, classes)
     for confusion in (one, right):
         assert doubts.shifted(torch.from_numpy(confusion), reduced=reduced) is None
-
-
-@given(st.lists(st.integers(0, 260), min_size=1), st.integers(2, 300))
-def test_labels_reduced_by_hand(values, classes):
-    found = label_maps.reduced(np.array(values), num_classes=classes, ignored=(255, 259))
-    by_hand = [v if v in (255, 259) and v > classes else 259 if v == 0 else v - 1 for v in values]
-    assert found.tolist() == by_hand
-    # 255 is a raw class where there are more.
-    assert label_maps.reduced(np.array([255, 300]), num_classes=256, ignored=(255, 300)).tolist() == [254, 300]
 
 
 @pytest.mark.parametrize(
@@ -463,6 +478,13 @@ def test_frames_of_sequences_are_told_apart_by_their_folders(places):
     unclear = {place for place, _ in places} >= {"a", "d/a"}  # the one is the end of the other
     assert paired == by_hand or unclear
     assert all(path is None or by_hand[one] == path for one, path in paired.items())
+
+
+@given(st.text("abv_.12", min_size=1), st.sampled_from(["", ".png", ".NPY", ".tiff", ".pt"]))
+def test_a_suffix_may_have_dots_of_its_own(suffix, ending):
+    path = Path(f"name{suffix}.png")
+    assert matching.ends_in(path, [suffix + ending])
+    assert matching._without(path.stem, [suffix + ending]) == "name"
 
 
 def test_suffixes_choose_and_do_not_count(tmp_path):
@@ -621,6 +643,44 @@ def test_probabilities_in_whole_numbers(tmp_path, kind, cut):
     assert f"expected probabilities times {most}, whose sum is it" in refused(tmp_path, kind="probs")
 
 
+def test_probabilities_in_whole_numbers_are_anything_where_nothing_counts(tmp_path):
+    z, target = predictions(1, (1, C, H, W), dtype=torch.float64, ignored=0.3)
+    void = target[0].numpy() == 255
+    saved = (255 * z.softmax(1)[0]).round().numpy().astype("uint8")
+    png(tmp_path / "l/a.png", target[0].numpy().astype("uint8"))
+    for some in (0, 9):
+        npy(tmp_path / "p/a.npy", np.where(void, np.uint8(some), saved))
+        by_hand = torch.from_numpy(saved / saved.sum(0, dtype="float64"))[None]
+        assert figures(judged(tmp_path, kind="probs")) == pytest.approx(expected(by_hand, target, "probs"), abs=1e-9)
+    saved[:, ~void] = 0
+    npy(tmp_path / "p/a.npy", saved)
+    assert "expected probabilities times 255, whose sum is it, got the sum 0; save round(255 * p)" in refused(
+        tmp_path, kind="probs"
+    )
+
+
+def test_many_classes_leave_nothing_of_8_bits(tmp_path):
+    """All 300 of 1 / 300 are cut off to 0."""
+    npy(tmp_path / "p/a.npy", np.zeros((300, 4, 4), "uint8"))
+    png(tmp_path / "l/a.png", np.zeros((4, 4), "uint8"))
+    said = refused(tmp_path, 300, "probs", ignore_index=(-1,))
+    assert "got the sum 0; uint8 is too coarse for 300 classes: save floats" in said
+
+
+def test_a_lower_resolution_of_whole_numbers_counts_where_its_labels_do(tmp_path):
+    z, _ = predictions(1, (1, C, 4, 8), dtype=torch.float64)
+    saved = (255 * z.softmax(1)[0]).round().numpy().astype("uint8")
+    saved[:, :, :2] = 0
+    label = np.ones((8, 16), "uint8")
+    label[:, :5] = 255
+    npy(tmp_path / "p/a.npy", saved)
+    png(tmp_path / "l/a.png", label)
+    assert judged(tmp_path, kind="probs", upsample="bilinear").stats.pixels == 8 * 11
+    label[0, 4] = 1  # a quarter of which is of a pixel without probabilities
+    png(tmp_path / "l/a.png", label)
+    assert "got the sum 0" in refused(tmp_path, kind="probs", upsample="bilinear")
+
+
 REMEDIES = {
     "stacked": ((3, C, H, W), "of a batch save one file an image"),
     "swapped": ((C, W, H), "height and width are swapped: save x.transpose(0, 2, 1)"),
@@ -682,6 +742,31 @@ def test_several_labels_that_do_not_count(tmp_path):
     assert found.boundary.ece() == pytest.approx(near.ece(), abs=1e-12)
 
 
+@pytest.mark.parametrize("label", [(1, H, W), (1, 1, H, W)])
+@pytest.mark.parametrize("scores", [(C, H, W), (1, C, H, W), (C, 1, H, W), (1, C, 1, H, W)])
+def test_a_volume_of_one_slice_is_an_image(tmp_path, label, scores):
+    """The label's first dimension goes, and that of the scores, be it of a batch or of a volume."""
+    z, target = predictions(1, (1, C, H, W), dtype=torch.float32)
+    npy(tmp_path / "p/a.npy", z.reshape(scores).numpy())
+    npy(tmp_path / "l/a.npy", target.reshape(label).numpy().astype("uint8"))
+    if len(label) == 4 and 1 not in scores[1:]:
+        assert "expected an array (4, 1, 12, 16) as its label has it" in refused(tmp_path)
+    else:
+        assert figures(judged(tmp_path)) == pytest.approx(expected(z, target), abs=1e-12)
+    if len(label) == 3 and scores == (C, 1, H, W):  # against a label without, it is a batch
+        png(tmp_path / "l/a.png", target[0].numpy().astype("uint8"))
+        (tmp_path / "l/a.npy").unlink()
+        assert "of a batch save one file an image" in refused(tmp_path)
+
+
+def test_a_slice_of_one_with_its_channels_last(tmp_path):
+    z, target = predictions(1, (1, C, H, W), dtype=torch.float32)
+    npy(tmp_path / "l/a.npy", target.numpy().astype("uint8"))
+    for last in (z[0].permute(1, 2, 0), z.permute(0, 2, 3, 1), z[None].permute(0, 1, 3, 4, 2)):
+        npy(tmp_path / "p/a.npy", last.numpy())
+        assert figures(judged(tmp_path, channels_last=True)) == pytest.approx(expected(z, target), abs=1e-12)
+
+
 def test_volumes(tmp_path):
     """(C, D, H, W) against an .npy of (D, H, W)."""
     z, target = predictions(1, (1, C, 3, 5, 6), dtype=torch.float32)
@@ -703,7 +788,10 @@ def test_read_image_gives_what_is_judged(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"classes": 300}, "expected --ignore-index with 300 classes, of which 255 is one, got none"),
+        (
+            {"classes": 300},
+            "expected --ignore-index to be given with 300 classes, of which 255 is one, got none; pass --ignore-index 255",
+        ),
         ({"label_map": "binary", "reduce_zero_label": True, "classes": 2}, "got --label-map and --reduce-zero-label"),
         ({"label_map": "cityscapes", "classes": 34}, "expected --num-classes 19 with --label-map cityscapes, got 34"),
         ({"normalize": True}, "expected --input probs with --normalize, got logits"),

@@ -253,11 +253,69 @@ def test_a_report_that_is_not_ours_removes_nothing(tmp_path, content):
     assert written.pictures_of_earlier(tmp_path) == []
 
 
-def test_a_photograph_of_neither_kind_is_named(tmp_path):
+COLOUR = np.array([[[10, 20, 30], [200, 5, 60]]], "uint8")
+GREY = np.array([[0, 128, 255]], "uint8")
+PHOTOGRAPHS = {
+    "colour": (Image.fromarray(COLOUR), COLOUR),
+    "transparent": (Image.fromarray(np.concatenate([COLOUR, [[[0], [99]]]], 2).astype("uint8")), COLOUR),
+    "a palette": (Image.fromarray(COLOUR).quantize(4), COLOUR),
+    "grey": (Image.fromarray(GREY), GREY[..., None].repeat(3, 2)),
+    "grey, transparent": (Image.fromarray(np.stack([GREY, 0 * GREY], 2), "LA"), GREY[..., None].repeat(3, 2)),
+    "grey of 16 bits": (Image.fromarray(GREY.astype("uint16") * 16), GREY[..., None].repeat(3, 2)),
+    "one bit": (Image.fromarray(GREY > 99), (GREY > 99)[..., None].repeat(3, 2) * 255),
+}
+
+
+@pytest.mark.parametrize("kind", PHOTOGRAPHS)
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_photographs_of_any_kind_without_their_alpha(tmp_path, kind, ending):
+    picture, pixels = PHOTOGRAPHS[kind]
+    picture.save(tmp_path / f"a.{ending}")
+    assert worst.read_photograph(tmp_path / f"a.{ending}", tmp_path, 100).tolist() == pixels.tolist()
+
+
+def test_a_photograph_that_is_none_is_named_with_its_reason(tmp_path):
     (tmp_path / "a.png").write_bytes(b"nothing")
-    with pytest.raises(BadFile, match=r"a\.png"):
-        worst.read_photograph(tmp_path / "a.png", 100)
-    content = io.BytesIO()
-    Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], "uint8")).save(content, "PNG")
-    (tmp_path / "a.png").write_bytes(content.getvalue())
-    assert worst.read_photograph(tmp_path / "a.png", 100).tolist() == [[[1, 2, 3], [4, 5, 6]]]
+    with pytest.raises(BadFile, match=r"a\.png: not a PNG file"):
+        worst.read_photograph(tmp_path / "a.png", tmp_path, 100)
+    Image.fromarray(COLOUR).save(tmp_path / "a.png")
+    with pytest.raises(BadFile, match=r"claims 2 x 1 pixels, more than 1"):
+        worst.read_photograph(tmp_path / "a.png", tmp_path, 1)
+    Image.fromarray(np.zeros((2, 2), "f4")).save(tmp_path / "a.tif")
+    with pytest.raises(BadFile, match=r"expected a picture of colours or greys, got PIL's mode F"):
+        worst.read_photograph(tmp_path / "a.tif", tmp_path, 100)
+
+
+def test_a_photograph_outside_of_its_folder_is_not_shown(case, capsys):
+    folder, _, _ = case
+    (folder / "img").mkdir()
+    (folder / "secret").mkdir()
+    Image.fromarray(COLOUR).save(folder / "secret" / "s.png")
+    (folder / "img" / "5_leftImg8bit.png").symlink_to("../secret/s.png")
+    (folder / "img.txt").write_text("img/5_leftImg8bit.png\n")
+    with pytest.raises(BadFile, match="a link that leads out of the folder"):
+        worst.read_photograph(folder / "img" / "5_leftImg8bit.png", folder / "img", 100)
+    assert run(folder, "--images", folder / "img", "--worst", 6, out="linked") == 0
+    assert "5_leftImg8bit.png: a link that leads out of the folder" in capsys.readouterr().err
+    # A list's folder is the one that no file may leave.
+    assert run(folder, "--images", folder / "img.txt", "--worst", 1, out="linked") == 0
+    assert "leads out" not in capsys.readouterr().err
+
+
+def test_a_worst_image_that_cannot_be_read_again_is_a_remark(case, capsys, monkeypatch):
+    folder, _, _ = case
+
+    def gone(name, plan, options):
+        raise BadFile(plan.predictions[name], "cannot be opened: No such file or directory")
+
+    monkeypatch.setattr(worst, "read_image", gone)
+    assert run(folder, "--worst", 1, out="gone") == 0
+    assert re.search("warning: no picture of image '.': .*leftImg8bit.npy: cannot be opened", capsys.readouterr().err)
+    assert json.loads((folder / "gone" / "report.json").read_text())["pictures"] == ["reliability.png"]
+
+
+def test_classes_predicted_where_nothing_counts_may_be_anything():
+    label, predicted = np.array([[0, 1, 255]]), np.array([[0, 1, 255]])
+    seen = worst.Seen(ROW, label, predicted, np.ones((1, 3), np.float32), label == 255)
+    figure = worst_picture.picture(seen, ["road", "sky"], 1)
+    assert sorted(text.get_text() for text in figure.legends[0].get_texts()) == ["ignored", "road", "sky"]

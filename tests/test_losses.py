@@ -229,6 +229,19 @@ def test_several_ignored_labels_are_as_one(loss, ignored):
         assert loss(spoilt, label, weight, ignore_index=ignored).item() == loss(z, one, weight).item()
 
 
+@pytest.mark.parametrize("loss", JUDGES)
+def test_class_255_is_not_dropped_in_silence(loss):
+    z, label = logits(0, (2, 256, 5, 6)), hard_label()
+    label[:, 0] = 255
+    with pytest.raises(ValueError, match=r"ignore_index to be given with 256 classes, of which 255 is one, got none; .*-1"):
+        loss(z, label)
+    label[:, 1:] = label[:, 1:].clamp(max=254)
+    judged, all_of_them = loss(z, label, ignore_index=255), loss(z, label, ignore_index=-1)
+    assert judged.item() == pytest.approx(loss(z[:, :, 1:], label[:, 1:], ignore_index=-1).item(), rel=1e-9)
+    assert judged.item() != pytest.approx(all_of_them.item(), rel=1e-6)
+    assert loss(z[:, :255], label).item() == loss(z[:, :255], label, ignore_index=255).item()
+
+
 @pytest.mark.parametrize("spatial", [(8,), (8, 6), (2, 8, 6)])
 def test_logits_of_a_quarter_of_the_resolution_are_told_how_to_grow(spatial):
     """Of the label it says nothing: what is resized is what the network says."""

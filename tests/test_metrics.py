@@ -1,6 +1,7 @@
 """The metrics against definitions computed pixel by pixel in float64, and what the class promises about its counts."""
 
 import copy
+import importlib.util
 import io
 import math
 import pickle
@@ -16,13 +17,21 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score, log_loss
 
 from dacal_addon import metrics
-from dacal_addon.metrics import CalibrationStats, boundary_mask
+from dacal_addon.metrics import CalibrationStats, backends, boundary_mask
 
 seeds = st.integers(0, 10**6)
 NEEDS_COMPILE = pytest.mark.skipif(not hasattr(torch, "compile"), reason="torch.compile needs torch >= 2.0")
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 EXACT = ["ece", "mce", "nll", "brier", "accuracy", "miou", "mean_confidence"]
 ORDERED = ["ks", "smece", "aurc"]
+
+
+@pytest.fixture(autouse=True, scope="module", params=["torch", "numba"] if importlib.util.find_spec("numba") else ["torch"])
+def _judged_by(request):
+    """Everything here is true of whatever judges the pixels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "_WORTH_LOADING", 0 if request.param == "numba" else math.inf)
+        yield
 
 
 def counted(z, target, region=None, **options):
@@ -509,6 +518,16 @@ def test_one_sigmoid_channel_is_a_softmax_of_two():
     assert figures(last) == figures(counted(torch.cat([torch.zeros_like(z), z], 1), target))
 
 
+def test_one_channel_in_half_precision_is_exact():
+    p = torch.randn(2, 1, 16, 24, generator=torch.Generator().manual_seed(0)).bfloat16().sigmoid()
+    target = torch.randint(0, 2, (2, 16, 24), generator=torch.Generator().manual_seed(1))
+    stats = CalibrationStats(2, input="probs", one_channel=True)
+    stats.update(p, target)
+    right = torch.where(target == 1, p[:, 0].double(), 1 - p[:, 0].double())
+    assert stats.brier() == pytest.approx(float((2 * (1 - right) ** 2).mean()), abs=1e-12)
+    assert stats.nll() == pytest.approx(float(-right.log().mean()), abs=1e-12)
+
+
 def test_masked_classes_have_probability_zero():
     """Logits of -infinity: as if there were no such class, and infinitely bad where it is the label."""
     z, target = predictions(5, (2, 6, 7, 8))
@@ -564,7 +583,6 @@ def test_a_masked_class_stays_masked_when_logits_are_interpolated():
     assert stats.mean_confidence() == pytest.approx((3 * alone + all_three) / 4, abs=1e-6)
 
 
-
 def test_rounded_probabilities_are_normalised_on_request():
     z, target = predictions(4, (2, 19, 20, 30), sharpness=1.0)
     rounded = torch.softmax(z, 1).bfloat16().float()
@@ -581,8 +599,30 @@ def test_rounded_probabilities_are_normalised_on_request():
         assert stats.ece() == pytest.approx(oracles.width_ece(p, y), abs=1e-9)
         assert stats.brier() == pytest.approx(oracles.brier(p, y), abs=1e-9)
     rounded[0, :, 3, 3], target[0, 3, 3] = 0.0, 1
-    with pytest.raises(ValueError, match="got NaN; no sum of 0 can be normalised"):
+    for value, named in ((0.0, "only zeros"), (math.inf, "infinity")):
+        rounded[0, 2, 3, 3] = value
+        with pytest.raises(ValueError, match=f"got {named}; neither can be divided by its sum"):
+            stats.update(rounded, target, normalize=True)
+    rounded[0, 2, 3, 3] = math.nan
+    with pytest.raises(ValueError, match="got NaN; look for a division by zero"):
         stats.update(rounded, target, normalize=True)
+
+
+def test_logarithms_are_no_probabilities_that_could_be_normalised():
+    """Divided by their sum, which is negative too, they are in 0..1 and sum to 1, and the most probable class is the least."""
+    z, target = predictions(4, (2, 5, 6, 7), sharpness=1.0)
+    log_p = torch.log_softmax(z, 1)
+    stats = CalibrationStats(5, input="probs")
+    with pytest.raises(ValueError, match=r"got a value of -\d+.*; pass input='log_probs' if they are logarithms"):
+        stats.update(log_p, target, normalize=True)
+    mixed = torch.softmax(z, 1)
+    mixed[1, 2, 3, 4], target[1, 3, 4] = -0.25, 0
+    with pytest.raises(ValueError, match=r"got a value of -0\.25; pass input='logits' if they are logits"):
+        stats.update(mixed, target, normalize=True)
+    assert stats.pixels == 0
+    target[1, 3, 4] = 255  # where it does not count
+    stats.update(mixed, target, normalize=True)
+    assert stats.pixels == int((target != 255).sum())
 
 
 def test_only_confidence_and_class():
@@ -606,7 +646,7 @@ def test_only_confidence_and_class():
 def test_compiled_is_the_same(kind):
     z, target = predictions(9, (2, 5, 150, 200), dtype=torch.float32)
     target[0, :10], z[0, 1, :5] = 255, math.nan
-    expected, stats = (CalibrationStats(5, input=kind, compile=compile) for compile in (False, True))
+    expected, stats = (CalibrationStats(5, input=kind, backend=backend) for backend in ("torch", "compile"))
     for one in (expected, stats):
         one.update(as_input(z, kind), target)
     assert figures(stats) == pytest.approx(figures(expected), abs=1e-9)
@@ -785,6 +825,15 @@ def test_remarks_have_the_numbers():
     assert stats.ignored_pixels == 100
     assert stats.remarks()[1] == "50.0 % of the pixels are ignored (100 of 200; labels 3, 255)."
     assert counted(torch.zeros(1, 2, 1, 2), torch.tensor([[[0, 1]]])).remarks() == []
+    pair = torch.full((1, 1, 4), 0.9), torch.zeros(1, 1, 4).long()
+    for options, named in (({"ignore_index": (7, 0)}, "7, 0"), ({"ignore_index": 9}, "0, 9"), ({}, "0, 255")):
+        stats = CalibrationStats(4, input="top1", reduce_zero_label=True, **options)
+        stats.update(pair, torch.tensor([[[0, 1, 0, 3]]]))
+        assert stats.remarks()[1] == f"50.0 % of the pixels are ignored (2 of 4; labels {named})."
+    with pytest.warns(UserWarning, match="255 is a class here"):
+        stats = CalibrationStats(300, input="top1", reduce_zero_label=True)
+    stats.update(pair, torch.tensor([[[0, 1, 0, 3]]]))
+    assert stats.remarks()[1] == "50.0 % of the pixels are ignored (2 of 4; labels 0)."
     assert CalibrationStats(3, input="logits").remarks() == []
 
 
@@ -1107,10 +1156,10 @@ def test_foreign_counts_are_not_loaded(part, name, change):
     assert figures(stats) == before
 
 
-@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=NEEDS_COMPILE)])
-def test_pickling(compile):
+@pytest.mark.parametrize("backend", [None, pytest.param("compile", marks=NEEDS_COMPILE)])
+def test_pickling(backend):
     z, target = predictions(17)
-    stats = counted(z, target, compile=compile)
+    stats = counted(z, target, backend=backend)
     other = pickle.loads(pickle.dumps(stats))
     for one in (stats, other):
         one.update(z, target)

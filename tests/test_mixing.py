@@ -262,3 +262,14 @@ def test_sizes_may_be_numpys():
     assert torch.equal(cut_mask(size, generator=generator()), cut_mask((2, 5, 6), generator=generator()))
     with pytest.raises(ValueError, match=r"cut_mask: expected size: \(N, \*spatial\), of two entries at least, got \(2,\)"):
         cut_mask((2,), generator=generator())
+
+
+def test_class_255_is_not_dropped_in_silence():
+    mask, hard = torch.ones(1, 1, 1, 2, dtype=torch.bool), torch.tensor([[[255, 1]]])
+    soft = torch.full((1, 300, 1, 2), 1 / 300)
+    with pytest.raises(ValueError, match=r"mix: expected ignore_index to be given with 300 classes, .* got none; .*-1"):
+        mix(mask, hard, soft)
+    assert mix(mask, hard, soft, ignore_index=255).sum(1).flatten().tolist() == [0.0, 1.0]
+    assert mix(mask, hard, soft, ignore_index=-1)[0, 255, 0, 0] == 1.0
+    assert mix(mask, hard, soft[:, :255]).sum(1).flatten().tolist() == [0.0, 1.0]
+    assert torch.equal(mix(mask, soft, 2 * soft), soft)  # nothing becomes one-hot

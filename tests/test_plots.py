@@ -20,6 +20,7 @@ from matplotlib.text import Text
 
 from dacal_addon import plots
 from dacal_addon.metrics import ReliabilityTable
+from dacal_addon.metrics.binned import class_gap, table_ece
 
 
 def table(confidence, accuracy, pixels, edges=None):
@@ -160,7 +161,7 @@ def test_class_panels_show_their_tables():
     axis = figure.axes[0]
     # Weights are 90 x 0.1, 5 x 0.5 and 5 x 0.7 pixels of the class, gaps 0, 0.2 and 0.1.
     assert axis.get_title() == "road\ngap 5.67 %"
-    assert plots.class_gap(flat) == pytest.approx((2.5 * 0.2 + 3.5 * 0.1) / 15)
+    assert class_gap(flat) == pytest.approx((2.5 * 0.2 + 3.5 * 0.1) / 15)
     (dots,) = (one for one in axis.collections if hasattr(one, "get_sizes") and len(one.get_offsets()) == 3)
     assert np.asarray(dots.get_offsets()) == pytest.approx(np.array([[0.1, 0.1], [0.3, 0.5], [0.7, 0.6]]))
     drawn = [one for one in axis.collections if isinstance(one, PathCollection) and len(one.get_offsets())]
@@ -191,24 +192,22 @@ def test_the_number_of_a_class_is_the_gap_that_is_drawn(data):
     areas = np.maximum(dots.get_sizes() - 3, 0)
     seen = sum(area * gaps[round(x, 9), round(y, 9)] for (x, y), area in zip(np.asarray(dots.get_offsets()), areas))
     if areas.sum():
-        assert plots.class_gap(drawn) == pytest.approx(seen / areas.sum(), abs=1e-6)
+        assert class_gap(drawn) == pytest.approx(seen / areas.sum(), abs=1e-6)
     else:
-        assert math.isnan(plots.class_gap(drawn))
+        assert math.isnan(class_gap(drawn))
     elsewhere = [torch.cat([torch.zeros(1).double(), column.double()]) for column in drawn[2:]]
     elsewhere[0][0] = 10**6
     edges = torch.linspace(0, 1, 6).double()
-    assert plots.class_gap(ReliabilityTable(edges[:-1], edges[1:], *elsewhere)) == pytest.approx(
-        plots.class_gap(drawn), nan_ok=True
-    )
+    assert class_gap(ReliabilityTable(edges[:-1], edges[1:], *elsewhere)) == pytest.approx(class_gap(drawn), nan_ok=True)
 
 
 def test_the_largest_visible_gap_has_the_largest_number():
     """A rare class that is far off, where ECE says the opposite: 0.07 % of a motorcycle, 1.87 % of a road."""
     road = table([0.01, 0.95], [0.02, 0.92], [60_000, 40_000])
     motorcycle = table([0.0001, 0.6], [0.0001, 0.2], [99_800, 200])
-    assert plots.table_ece(road) > 10 * plots.table_ece(motorcycle)
-    assert plots.class_gap(road) < 0.04
-    assert plots.class_gap(motorcycle) > 0.3
+    assert table_ece(road) > 10 * table_ece(motorcycle)
+    assert class_gap(road) < 0.04
+    assert class_gap(motorcycle) > 0.3
 
 
 def test_of_many_classes_the_worst_are_shown():
@@ -263,7 +262,7 @@ def test_a_temperature_can_be_read_off_its_colour():
 
 @pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (0.999, 1.001), (0.5, 2.0), (1.0, 5.0), (0.01, 0.02), (1e-9, 1e9)])
 def test_the_scale_of_temperatures_has_one_in_it_and_few_steps(low, high):
-    edges = plots._steps(math.log2(low), math.log2(high))
+    edges = plots.temperature._steps(math.log2(low), math.log2(high))
     assert edges[0] < 0 < edges[-1]
     assert 0.0 in edges
     assert np.allclose(np.diff(edges), edges[1] - edges[0])

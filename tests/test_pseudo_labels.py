@@ -269,3 +269,18 @@ def test_bfloat16_logits_are_upcast_before_the_softmax():
     z = logits().bfloat16()
     found = soft_label(z, torch.ones(2, 1, 6, 7)).double().numpy()
     np.testing.assert_allclose(found, softmax(z.double().numpy(), axis=1), rtol=1e-5)
+
+
+def test_class_255_is_not_dropped_in_silence():
+    z = logits(shape=(1, 300, 2, 3), scale=0.1)
+    z[:, 255, 0] = 50.0
+    labeler = SoftPseudoLabeler(None, weight="none")
+    for call in (labeler, labeler.hard_labels):
+        with pytest.raises(ValueError, match=r"SoftPseudoLabeler: expected ignore_index to be given with 300 classes, .*-1"):
+            call(z)
+    assert (labeler(z, ignore_index=-1).pseudo_label[:, 0] == 255).all()
+    for said in (labeler(z, ignore_index=255).pseudo_label, labeler.hard_labels(z, ignore_index=255)[0]):
+        assert (said != 255).all()
+    fewer, padding = z[:, :255], torch.zeros(1, 2, 3, dtype=torch.bool)
+    assert (labeler(fewer, valid=padding).pseudo_label == 255).all()
+    assert (labeler.hard_labels(fewer, valid=padding)[0] == 255).all()

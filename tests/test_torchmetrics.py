@@ -77,6 +77,49 @@ def test_a_collection_counts_once(batches, figures, monkeypatch):
     assert found == pytest.approx({name: figures[name] for name in ("ece", "miou", "nll")}, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("options", "others"),
+    [
+        ({"ignore_index": 255}, {"ignore_index": (0, 255)}),
+        ({"ignore_index": 255}, {"ignore_index": (254, 255)}),
+        ({}, {"channels_last": True}),
+    ],
+)
+def test_other_settings_count_for_themselves_though_the_first_batch_is_the_same(options, others):
+    """A class that is ignored need not occur in it; only the digest tells the metrics apart."""
+    metrics = {str(one): CalibrationMetric(5, input="logits", metric="miou", **one) for one in (options, others)}
+    together = torchmetrics.MetricCollection(metrics)
+    generator = torch.Generator().manual_seed(0)
+    batches = [  # in the first one, no score says where the channels are
+        (torch.ones(1, 5, 5, 5), torch.randint(1, 5, (1, 5, 5), generator=generator)),
+        (torch.randn(1, 5, 5, 5, generator=generator), torch.randint(0, 5, (1, 5, 5), generator=generator)),
+    ]
+    expected = {str(one): CalibrationStats(5, input="logits", **one) for one in (options, others)}
+    for batch in batches:
+        together.update(*batch)
+        for stats in expected.values():
+            stats.update(*batch)
+    assert len(together.compute_groups) == 2
+    found = {name: float(value) for name, value in together.compute().items()}
+    assert found == pytest.approx({name: stats.miou() for name, stats in expected.items()}, abs=1e-12)
+
+
+def test_statistics_are_a_copy(batches, figures):
+    metric = CalibrationMetric(5, metric=None, **OPTIONS)
+    metric.update(*batches[0])
+    first = metric.statistics()
+    pixels, before = first.pixels, first.compute()
+    for batch in batches[1:]:
+        metric.update(*batch)
+    assert (first.pixels, first.compute()) == (pixels, before)
+    first.update(*batches[1])
+    assert {name: float(value) for name, value in metric.compute().items()} == pytest.approx(figures, abs=1e-12)
+    second = metric.statistics()
+    metric.reset()
+    metric.update(*batches[0])
+    assert second.compute() == pytest.approx(figures, abs=1e-12)
+
+
 def test_the_state_dict_has_the_counts_when_it_is_asked_for(batches, figures):
     saved, loaded = (CalibrationMetric(5, metric="ks", **OPTIONS) for _ in range(2))
     saved.persistent(True)

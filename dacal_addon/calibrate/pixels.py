@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .._check import check_classes, check_label, problem
+from .._upcast import LOGIT_FLOOR
 from ..ignoring import IgnoreIndex, is_ignored
-from ..pseudo_labels import LOGIT_FLOOR
 
 FEATURE_POSITIONS = 512  # of an image: enough for a mean and a covariance
 

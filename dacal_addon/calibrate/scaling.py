@@ -9,9 +9,9 @@ from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
 from .._check import check_classes, check_label, check_logits, check_number, check_tensor, describe, problem
-from ..ignoring import IgnoreIndex, is_ignored
+from .._upcast import LOGIT_FLOOR
+from ..ignoring import IgnoreIndex, ignored_or_255, is_ignored
 from ..losses import check_resolution
-from ..pseudo_labels import LOGIT_FLOOR
 
 BOUNDS = (0.05, 20.0)
 """Temperatures are looked for in this range."""
@@ -20,7 +20,7 @@ _AT_ONCE = 1 << 22  # logits that are held in float64: 32 MB
 
 
 def fitted_temperature(
-    logits: Tensor, label: Tensor, *, weight: Optional[Tensor] = None, ignore_index: IgnoreIndex = 255
+    logits: Tensor, label: Tensor, *, weight: Optional[Tensor] = None, ignore_index: Optional[IgnoreIndex] = None
 ) -> float:
     """The T in 0.05..20 with the least mean of weight * negative log-likelihood of softmax(z / T).
 
@@ -30,6 +30,7 @@ def fitted_temperature(
         logits: (N, C, *S), floating.
         label: (N, *S) int64, of `ignore_index` where not judged.
         weight: (N, *S) floating, >= 0; None for 1 everywhere.
+        ignore_index: one label or several; they may be classes. None for 255; it must be given where that is one.
 
     Returns:
         1 where no pixel is judged, or none says anything; a bound where the likelihood has no maximum inside: 0.05 if every
@@ -49,9 +50,10 @@ def fitted_temperature(
     check_logits("fitted_temperature", "logits", logits)
     check_label("fitted_temperature", "label", label)
     check_resolution("fitted_temperature", logits, label.shape)
-    check_classes("fitted_temperature", "label", label, logits.shape[1], ignore_index)
+    ignored = ignored_or_255("fitted_temperature", ignore_index, logits.shape[1])
+    check_classes("fitted_temperature", "label", label, logits.shape[1], ignored)
     mass = _mass("fitted_temperature", weight, label)
-    judged = ~is_ignored(label, ignore_index) & (mass > 0)
+    judged = ~is_ignored(label, ignored) & (mass > 0)
     return fitted(logits.detach().movedim(1, -1)[judged], label[judged], mass[judged])
 
 

@@ -8,6 +8,8 @@ import numpy as np
 
 from .files import BadFile, first_line
 
+ARRAYS = (".npy", ".npz", ".pt", ".pth")
+"""Endings of predictions."""
 # numpy parses headers with `ast`, which in Python 3.11 fails in two threads at a time (SystemError, python/cpython#106905).
 _HEADERS = threading.Lock()
 Accept = Callable[[Tuple[int, ...], np.dtype], None]

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, NamedTuple, Set
 
 from ..metrics.bootstrap import Bootstrap, percentile_interval
 from .files import BadFile
-from .judging import Results, judge_all
+from .judging import Results, judge_together
 from .options import EvaluateOptions
 from .plan import Plan, check_both, make_plan
 
@@ -69,12 +69,12 @@ def judge_networks(networks: List[Network]) -> List[Results]:
     With --keep-going, what cannot be used of one network is left out of all.
 
     Raises:
-        BadFile: as of `judge_all`.
+        BadFile: as of `judge_together`.
     """
     if len(networks) == 1:
-        return [judge_all(networks[0].plan, networks[0].options)]
+        return judge_together([(networks[0].plan, networks[0].options)])
     missing = []
-    images: Set[Path] = {*networks[0].plan.labels.values()}
+    of_each: List[Set[Path]] = []
     for network in networks:
         plan = network.plan
         for image in sorted({*plan.predictions} ^ {*plan.labels}):
@@ -82,16 +82,13 @@ def judge_networks(networks: List[Network]) -> List[Results]:
                 check_both(image, plan, network.options)
             except BadFile as error:
                 missing.append(BadFile(error.path, f"{error.reason}; missing in {network.name}, left out of all networks"))
-        images &= {plan.labels[image] for image in plan.predictions if image in plan.labels}
-    while True:
-        plans = [_restricted(network.plan, images, networks[0].plan) for network in networks]
-        found = [judge_all(plan, network.options) for plan, network in zip(plans, networks)]
-        read = [{plan.labels[row.name] for row in results.images} for plan, results in zip(plans, found)]
-        common = set.intersection(*read)
-        missing += [bad for results in found for bad in results.skipped]
-        if all(one == common for one in read):
-            return [results._replace(skipped=_each_once(missing)) for results in found]
-        images = common  # a file turned out to be bad in one of them: once more, without it
+        of_each.append({plan.labels[image] for image in plan.predictions if image in plan.labels})
+    images, every = set.intersection(*of_each), set.union(*of_each)
+    found = judge_together([(_restricted(network.plan, images, networks[0].plan), network.options) for network in networks])
+    if len(images) < len(every):
+        told = f"{len(images)} of {len(every)} images are in every network; the others are left out of all"
+        found[0].remarks.insert(0, told)
+    return [results._replace(skipped=_each_once([*missing, *results.skipped])) for results in found]
 
 
 def _restricted(plan: Plan, images: Set[Path], first: Plan) -> Plan:

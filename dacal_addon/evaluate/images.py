@@ -16,6 +16,10 @@ JPEG = (".jpg", ".jpeg")
 MOST_PIXELS = 89_478_485
 # PIL makes 0..255 of the values of 2 and 4 bits.
 _STEPS = {2: 85, 4: 17}
+# Width and height of a TIFF's tiles, each of which is unpacked as a whole.
+_TILE = (322, 323)
+# Tiles may be larger than a small image: 1024 x 1024.
+_LARGE_TILE = 1 << 20
 # PIL keeps its own limit in a global variable.
 _OPENING = threading.Lock()
 
@@ -35,7 +39,7 @@ def read_numbers(path: Path, *, palette: bool = False, max_pixels: int = MOST_PI
     """The numbers of a grey image (of 1, 2, 4, 8 or 16 bits, in a TIFF also 32), or the indices of a palette.
 
     Returns:
-        (H, W) uint8, uint16 or int32.
+        (H, W) bool of 1 bit, else uint8, uint16 or int32.
 
     Raises:
         BadFile: colours, more than `max_pixels`, no such image, truncated.
@@ -53,6 +57,8 @@ def read_numbers(path: Path, *, palette: bool = False, max_pixels: int = MOST_PI
             if header is not None:
                 raise BadFile(path, f"contradicts its own header: {image.mode} {image.size}")
             raise _not_grey(path, "a grey image with one whole number a pixel", f"PIL's mode {image.mode}")
+        if image.mode == "1" or (header is not None and header.depth == 1):
+            return np.asarray(image).astype(bool)
         kind = np.int32 if image.mode == "I" and header is None else np.uint16 if image.mode.startswith("I") else np.uint8
         values = np.asarray(image).astype(kind)
         step = _STEPS.get(header.depth, 1) if header is not None and header.colour == 0 else 1
@@ -71,6 +77,20 @@ def read_colours(path: Path, *, max_pixels: int = MOST_PIXELS) -> np.ndarray:
         raise BadFile(path, "expected opaque colours, got transparent pixels; save it without alpha")
     packed: np.ndarray = values[..., 0] << 16 | values[..., 1] << 8 | values[..., 2]
     return packed
+
+
+def read_picture(path: Path, *, max_pixels: int = MOST_PIXELS) -> np.ndarray:
+    """(H, W, 3) uint8, to be looked at: colours without alpha, or greys, the brightest of them white; else `BadFile`."""
+    header = _png_header(path, max_pixels) if path.suffix.lower() == ".png" else None
+    with _opened(path, header, max_pixels) as image:
+        if image.mode in ("RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr"):
+            return np.asarray(image.convert("RGB"))
+        if image.mode not in ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L"):
+            raise BadFile(path, f"expected a picture of colours or greys, got PIL's mode {image.mode}")
+        grey = np.asarray(image).astype(np.float64)
+    grey = grey[..., 0] if grey.ndim == 3 else grey
+    grey = np.clip(np.rint(grey * (255 / max(grey.max(), 1))), 0, 255).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, 2)
 
 
 def _not_grey(path: Path, expected: str, found: str) -> BadFile:
@@ -95,9 +115,8 @@ def _opened(path: Path, header: Optional[Png], max_pixels: int) -> Iterator[Any]
             # A second header inside of the file would count for PIL and not for the checks of the first.
             if header is not None and image.size != (header.width, header.height):
                 raise BadFile(path, f"contradicts its own header: {image.mode} {image.size}")
-            pages = getattr(image, "n_frames", 1)
-            if kind == "TIFF" and pages > 1:  # telephones put a second picture into a JPEG
-                raise BadFile(path, f"expected one image, got {pages} pages; save one file an image")
+            if kind == "TIFF":  # telephones put a second picture into a JPEG
+                _check_tiff(path, image)
             yield image
     except BadFile:
         raise
@@ -111,6 +130,17 @@ def _check_size(path: Path, width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         remedy = "a decompression bomb? Pass --max-pixels for images this large"
         raise BadFile(path, f"claims {width} x {height} pixels, more than {max_pixels}: {remedy}")
+
+
+def _check_tiff(path: Path, image: Any) -> None:
+    if image.n_frames > 1:
+        raise BadFile(path, f"expected one image, got {image.n_frames} pages; save one file an image")
+    width, height = (image.tag_v2.get(tag, 0) for tag in _TILE)
+    if not all(type(size) is int and size >= 0 for size in (width, height)):
+        raise BadFile(path, f"claims tiles of {width} x {height} pixels; save it anew")
+    if width * height > max(_LARGE_TILE, 4 * image.size[0] * image.size[1]):
+        told = f"claims tiles of {width} x {height} pixels in an image of {image.size[0]} x {image.size[1]}"
+        raise BadFile(path, f"{told}: a decompression bomb? Save it without tiles")
 
 
 def _png_header(path: Path, max_pixels: int) -> Png:

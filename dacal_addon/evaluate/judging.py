@@ -5,12 +5,11 @@ import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Deque, List, NamedTuple, Optional, Tuple, TypeVar
+from typing import Callable, Deque, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
 
 import numpy as np
 import torch
 
-from ..ignoring import is_ignored
 from ..metrics import CalibrationStats, boundary_mask
 from ..progress import Progress
 from .doubts import label_doubts
@@ -21,6 +20,7 @@ from .options import EvaluateOptions
 from .plan import Plan, check_both, new_stats
 from .predictions import Prediction, read_prediction
 from .shapes import Shape
+from .wording import as_options
 
 _Result = TypeVar("_Result")
 
@@ -47,6 +47,7 @@ class Results(NamedTuple):
     remarks: List[str]
     """On files, names and labels, as sentences; nothing that the figures themselves say."""
     seconds: float
+    """Of several networks judged together, this one's part of the whole."""
     reading_seconds: float
     """Summed over the threads that read and judge, as the next one."""
     judging_seconds: float
@@ -55,27 +56,51 @@ class Results(NamedTuple):
 
 class _Judged(NamedTuple):
     row: ImageRow
-    ignored: int
     stats: CalibrationStats
     boundary: Optional[CalibrationStats]
     reading_seconds: float
     judging_seconds: float
 
 
+class _Sums:
+    """All images of one network so far."""
+
+    def __init__(self, plan: Plan, options: EvaluateOptions) -> None:
+        self.total = new_stats(plan, options)
+        self.near = new_stats(plan, options) if options.boundary else None
+        self.rows: List[ImageRow] = []
+        self.reading = self.judging = 0.0
+
+    def add(self, judged: _Judged) -> None:
+        """Add an image."""
+        self.total.merge(judged.stats)
+        if self.near is not None and judged.boundary is not None:
+            self.near.merge(judged.boundary)
+        self.rows.append(judged.row)
+        self.reading += judged.reading_seconds
+        self.judging += judged.judging_seconds
+
+
 def judge_all(plan: Plan, options: EvaluateOptions) -> Results:
-    """Judge every image, in threads of their own, and sum up in order.
+    """Judge every image of one network; see `judge_together`."""
+    return judge_together([(plan, options)])[0]
+
+
+def judge_together(networks: Sequence[Tuple[Plan, EvaluateOptions]]) -> List[Results]:
+    """Judge every image in each of the networks, several at a time in threads of their own, and sum up in order.
+
+    An image that is bad in one of them is left out of all. Their options differ in `predictions` alone.
 
     Raises:
         BadFile: the first bad file, unless `keep_going`; labels that plainly mean something else, unless `trust_labels`.
     """
-    total = new_stats(plan, options)
-    near = new_stats(plan, options) if options.boundary else None
-    names = sorted({**plan.predictions, **plan.labels})
+    options = networks[0][1]
+    sums = [_Sums(*network) for network in networks]
+    names = sorted({name for plan, _ in networks for name in (*plan.predictions, *plan.labels)})
     jobs = options.jobs or os.cpu_count() or 1
-    rows: List[ImageRow] = []
     skipped: List[BadFile] = []
-    begun, reading, judging, ignored = time.perf_counter(), 0.0, 0.0, 0
-    waiting: Deque[Future[_Judged]] = deque()
+    begun = time.perf_counter()
+    waiting: Deque[Future[List[Union[_Judged, BadFile]]]] = deque()
     # One image a thread: threads inside an operation would wait for each other at every one of its pieces.
     pool = ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,))
     try:
@@ -86,37 +111,38 @@ def judge_all(plan: Plan, options: EvaluateOptions) -> Results:
                     name = next(left, None)
                     if name is None:
                         break
-                    waiting.append(pool.submit(_judge, name, plan, options))
+                    waiting.append(pool.submit(_judge_in_each, name, networks))
                 if not waiting:
                     break
-                try:
-                    judged = waiting.popleft().result()
-                except BadFile as error:
-                    if not options.keep_going:
-                        raise
-                    skipped.append(error)
-                else:
-                    total.merge(judged.stats)
-                    if near is not None and judged.boundary is not None:
-                        near.merge(judged.boundary)
-                    rows.append(judged.row)
-                    ignored += judged.ignored
-                    reading, judging = reading + judged.reading_seconds, judging + judged.judging_seconds
+                found = waiting.popleft().result()
+                bad = [one for one in found if isinstance(one, BadFile)]
+                if bad and not options.keep_going:
+                    raise bad[0]
+                skipped += bad
+                for own, judged in zip(sums, found if not bad else []):
+                    if isinstance(judged, _Judged):
+                        own.add(judged)
                 bar.advance()
     finally:
         for future in waiting:
             future.cancel()
         pool.shutdown(wait=True)
     seconds = time.perf_counter() - begun
-    remarks = plan.remarks + _doubts(total, ignored, plan, options)
-    return Results(total, near, rows, skipped, plan.class_names, remarks, seconds, reading, judging, jobs)
+    busy = sum(own.reading + own.judging for own in sums)
+    results = []
+    for (plan, its), own in zip(networks, sums):
+        remarks = plan.remarks + _doubts(own.total, plan, its)
+        share = (own.reading + own.judging) / busy if busy else 1 / len(sums)
+        times = seconds * share, own.reading, own.judging
+        results.append(Results(own.total, own.near, own.rows, skipped, plan.class_names, remarks, *times, jobs))
+    return results
 
 
-def _doubts(total: CalibrationStats, ignored: int, plan: Plan, options: EvaluateOptions) -> List[str]:
+def _doubts(total: CalibrationStats, plan: Plan, options: EvaluateOptions) -> List[str]:
     if options.trust_labels:
         return []
     mapped = plan.label_kind.map is not None
-    found = label_doubts(total.confusion(), ignored, reduced=options.reduce_zero_label, mapped=mapped)
+    found = label_doubts(total.confusion(), total.ignored_pixels, reduced=options.reduce_zero_label, mapped=mapped)
     for doubt in found:
         if doubt.plain:
             raise BadFile(options.labels, f"{doubt.what}; or --trust-labels if they are meant as they are")
@@ -124,7 +150,9 @@ def _doubts(total: CalibrationStats, ignored: int, plan: Plan, options: Evaluate
 
 
 def read_image(name: str, plan: Plan, options: EvaluateOptions) -> Tuple[Prediction, np.ndarray]:
-    """One image's prediction, (1, C, *S) or a pair of (1, H, W), and its label, (1, *S) int64.
+    """One image's prediction, (1, C, *S) or a pair of (1, H, W), and its labels as `read_label` gives them, (1, *S) int64.
+
+    A label of a first dimension of one loses it, and so do its scores, volumes of one slice as well as batches of one.
 
     Raises:
         BadFile: one of them is missing or bad; a value of the label is no class and not ignored.
@@ -134,25 +162,28 @@ def read_image(name: str, plan: Plan, options: EvaluateOptions) -> Tuple[Predict
     label_path = plan.labels[name]
     kind = plan.label_kind
     label = _guarded(label_path, lambda: read_label(label_path, folder=options.labels, kind=kind))
-    _check_classes(label_path, label, plan, options)
-    shape = Shape(
-        options.num_classes, label.shape, options.one_channel, options.channels_last, upsample=options.upsample is not None
-    )
+    one_slice = label.ndim > 2 and label.shape[0] == 1
+    label = label[0] if one_slice else label
+    counted = ~np.isin(label, kind.uncounted)
+    _check_classes(label_path, label[counted], plan, options)
+    low = options.upsample is not None
+    shape = Shape(options.num_classes, label.shape, options.one_channel, options.channels_last, low, one_slice)
     folder = options.predictions if options.predictions.is_dir() else options.predictions.parent
-    found = _guarded(path, lambda: read_prediction(path, folder=folder, shape=shape, kind=plan.prediction_kind))
+    prediction_kind = plan.prediction_kind
+    found = _guarded(path, lambda: read_prediction(path, folder=folder, shape=shape, kind=prediction_kind, counted=counted))
     return found, label[None]
 
 
 def _check_classes(path: Path, label: np.ndarray, plan: Plan, options: EvaluateOptions) -> None:
-    stray = (label < 0) | (label >= options.num_classes)
-    stray &= ~is_ignored(torch.from_numpy(label), plan.label_kind.ignored).numpy()
-    if not stray.any():
+    """`BadFile` for a label that counts and is no class."""
+    classes, kind = options.num_classes, plan.label_kind
+    found = np.unique(label[(label < kind.first) | (label >= kind.first + classes)])
+    if not len(found):
         return
-    classes, ignored, found = options.num_classes, plan.label_kind.ignored, np.unique(label[stray])
     remedy = "pass --label-map for raw ids, or --ignore-index for a label that does not count"
     if path.suffix.lower() in JPEG:
         remedy = "JPEG changes numbers: save labels as PNG"
-    elif plan.label_kind.map is not None or plan.label_kind.reduce_zero:
+    elif kind.map is not None or kind.reduce_zero:
         remedy = "is it another kind of file?"
     elif classes == 2 and found.tolist() == [255]:
         remedy = "for masks of 0 and 255 pass --label-map binary"
@@ -160,8 +191,18 @@ def _check_classes(path: Path, label: np.ndarray, plan: Plan, options: EvaluateO
         remedy = "pass --reduce-zero-label if 0 is unlabelled and classes begin with 1, --label-map for raw ids"
     elif classes == 19 and found.max() <= 33:
         remedy = "pass --label-map cityscapes for its raw ids, or mapillary, or a file"
-    ids = f"0..{classes - 1} or {' or '.join(map(str, ignored))}"
+    ids = f"{kind.first}..{kind.first + classes - 1} or {' or '.join(map(str, kind.uncounted))}"
     raise BadFile(path, f"expected classes {ids}, got the value {found[0]}; {remedy}")
+
+
+def _judge_in_each(name: str, networks: Sequence[Tuple[Plan, EvaluateOptions]]) -> List[Union[_Judged, BadFile]]:
+    found: List[Union[_Judged, BadFile]] = []
+    for plan, options in networks:
+        try:
+            found.append(_judge(name, plan, options))
+        except BadFile as error:
+            found.append(error)
+    return found
 
 
 def _judge(name: str, plan: Plan, options: EvaluateOptions) -> _Judged:
@@ -174,10 +215,10 @@ def _judge(name: str, plan: Plan, options: EvaluateOptions) -> _Judged:
     near = new_stats(plan, options) if options.boundary else None
     _guarded(path, lambda: stats.update(prediction, label, normalize=options.normalize))
     if near is not None:
-        region = boundary_mask(label, options.boundary, ignore_index=plan.label_kind.ignored)
+        region = boundary_mask(label, options.boundary, ignore_index=plan.label_kind.uncounted)
         _guarded(path, lambda: near.update(prediction, label, region, normalize=options.normalize))
     row = ImageRow(name, stats.pixels, stats.accuracy(), stats.mean_confidence(), stats.ece(), stats.miou())
-    return _Judged(row, label.size - stats.pixels, stats, near, read - begun, time.perf_counter() - read)
+    return _Judged(row, stats, near, read - begun, time.perf_counter() - read)
 
 
 def _guarded(path: Path, work: Callable[[], _Result]) -> _Result:
@@ -187,4 +228,4 @@ def _guarded(path: Path, work: Callable[[], _Result]) -> _Result:
     except BadFile:
         raise
     except Exception as error:
-        raise BadFile(path, first_line(error).replace("update: ", "", 1)) from error
+        raise BadFile(path, as_options(first_line(error))) from error

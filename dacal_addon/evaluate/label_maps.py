@@ -7,7 +7,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-from ..ignoring import is_ignored, void_label
+from ..ignoring import void_label
 from .files import BadFile, first_line, read_text
 from .sets import IGNORED, SETS, known_set, no_such_set
 
@@ -25,7 +25,12 @@ class LabelMap(NamedTuple):
     colours: bool = False
 
     def __call__(self, raw: np.ndarray) -> np.ndarray:
-        """The classes, int64, of the same shape; `ValueError` that names a value which is not in the map."""
+        """The classes, int64, of the same shape; `ValueError` that names a value which is not in the map.
+
+        True is the 1 of the map, or in a map of 0 and 255 that 255.
+        """
+        if raw.dtype == bool:
+            raw = np.where(raw, np.uint8(1 if 1 in self.values else 255), np.uint8(0))
         if not self.colours and raw.dtype in (np.uint8, np.uint16):
             table = np.full(1 << 8 * raw.dtype.itemsize, _UNKNOWN if self.rest is None else self.rest)
             fits = self.values < len(table)
@@ -110,19 +115,6 @@ def read_palette(name: str, *, num_classes: int, ignored: Sequence[int]) -> Labe
             raise BadFile(name, f"expected each colour once, got #{packed:06x} twice; give each class a colour of its own")
         found[packed] = train
     return _as_map(found, ignored, rest=None, colours=True)
-
-
-def reduced(label: np.ndarray, *, num_classes: int, ignored: Sequence[int]) -> np.ndarray:
-    """Labels whose 0 is of no class and whose classes begin with 1, as classes from 0; ignored values beyond these stay.
-
-    Example:
-        >>> reduced(np.array([0, 1, 150, 255]), num_classes=150, ignored=(255,)).tolist()
-        [255, 0, 149, 255]
-    """
-    import torch
-
-    stays = is_ignored(torch.from_numpy(label), ignored).numpy() & ((label < 0) | (label > num_classes))
-    return np.where(stays, label, np.where(label == 0, void_label(ignored), label - 1))
 
 
 def _as_map(pairs: Dict[int, int], ignored: Sequence[int], *, rest: Optional[int], colours: bool = False) -> LabelMap:

@@ -8,7 +8,7 @@ import numpy as np
 from .arrays import read_npy
 from .files import BadFile, Listed, inside, listed, read_text
 from .images import JPEG, MOST_PIXELS, read_colours, read_numbers
-from .label_maps import LabelMap, reduced
+from .label_maps import LabelMap
 from .matching import ends_in
 from .sets import SETS, known_set, no_such_set
 
@@ -24,9 +24,21 @@ class LabelKind(NamedTuple):
 
     num_classes: int
     ignored: Tuple[int, ...]
+    """Labels as `read_label` gives them."""
     map: Optional[LabelMap] = None
     reduce_zero: bool = False
+    """0 is no class, and class 0 has the label 1."""
     max_pixels: int = MOST_PIXELS
+
+    @property
+    def first(self) -> int:
+        """The label of class 0."""
+        return 1 if self.reduce_zero else 0
+
+    @property
+    def uncounted(self) -> Tuple[int, ...]:
+        """All labels that do not count."""
+        return (0, *self.ignored) if self.reduce_zero and 0 not in self.ignored else self.ignored
 
 
 def find_labels(
@@ -66,7 +78,7 @@ def find_labels(
 
 
 def read_label(path: Path, *, folder: Path, kind: LabelKind) -> np.ndarray:
-    """The classes of a label file: (H, W) int64, or (*S) of an .npy.
+    """The labels of a file, as they are or, with a map or palette, the classes: (H, W) int64, or (*S) of an .npy.
 
     Raises:
         BadFile: not one whole number, or with a palette one of its colours, a pixel; too large, truncated; a value that the
@@ -85,8 +97,8 @@ def read_label(path: Path, *, folder: Path, kind: LabelKind) -> np.ndarray:
         except ValueError as error:
             lossy = "; JPEG changes numbers and colours: save labels as PNG" if path.suffix.lower() in JPEG else ""
             raise BadFile(path, f"{error}{lossy}") from error
-    label = raw.astype(np.int64)
-    return reduced(label, num_classes=kind.num_classes, ignored=kind.ignored) if kind.reduce_zero else label
+    label: np.ndarray = raw.astype(np.int64)
+    return label
 
 
 def _read_array(path: Path, max_pixels: int) -> np.ndarray:
@@ -99,7 +111,10 @@ def _read_array(path: Path, max_pixels: int) -> np.ndarray:
             raise BadFile(path, f"claims {shape} pixels, more than {max_pixels}; pass --max-pixels for labels this large")
 
     array = read_npy(path, accept)
-    return array[0] if array.ndim > 2 and array.shape[0] == 1 else array
+    most = np.iinfo(np.int64).max
+    if array.dtype == np.uint64 and int(array.max()) > most:  # which would become negative
+        raise BadFile(path, f"expected labels up to {most}, got {array.max()}; save x.astype('uint8')")
+    return array
 
 
 def read_class_names(name: str, *, num_classes: int) -> List[str]:

@@ -16,7 +16,11 @@ def make_markdown(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
     lines = ["# Calibration report", "", f"{escaped(report['name'])}: {tables.said(report)}", "", f"**{report['headline']}**"]
     if report["remarks"]:
         lines += ["", *(f"- {escaped(remark)}" for remark in report["remarks"])]
-    both = "comparison" if report["comparison"] else "all"
+    drawn = {
+        "Comparison" if report["comparison"] else "Figures": ["reliability.png"],
+        "Classes": ["classwise.png"],
+        "Images with the largest calibration error": tables.pictures_of_worst(pictures),
+    }
     for title, table in (
         ("Comparison", tables.comparison(report)),
         ("Classes of all networks", tables.compared_classes(report)),
@@ -27,9 +31,6 @@ def make_markdown(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
         ("Skipped files", tables.skipped(report)),
     ):
         lines += _section(title, table)
-        drawn = {"Comparison": ["reliability.png"] if both == "comparison" else [], "Classes": ["classwise.png"]}
-        drawn["Figures"] = ["reliability.png"] if both == "all" else []
-        drawn["Images with the largest calibration error"] = tables.pictures_of_worst(pictures)
         for name in drawn.get(title, []):
             if name in pictures:
                 lines += ["", f"![{name}]({name})", "", f"{tables.caption(name)}"]

@@ -4,7 +4,9 @@ import unicodedata
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
 
+from .arrays import ARRAYS
 from .files import BadFile
+from .images import FORMATS
 
 CONFIDENCE, CLASS = "_confidence", "_prediction"
 # Endings of names that say what a file is and not which image it is of.
@@ -71,7 +73,9 @@ def matched(
         if all(len(dict(side)) == len(side) for side in named):
             return Matched(dict(named[0]), dict(named[1]))
         if depth > max(len(path.parts) for paths, _, _ in sides for path in paths):
-            raise _second(named)
+            name, path, first = [*_seconds(named[0]), *_seconds(named[1])][0]
+            remedy = "move one of them elsewhere, or say which by --label-suffix or --prediction-suffix"
+            raise BadFile(path, f"the second file of image {name!r}, after {first}; {remedy}")
         depth += 1
 
 
@@ -87,7 +91,9 @@ def _name(path: Path) -> str:
 
 def _bare(suffix: str) -> str:
     """Without .png, which people write as well."""
-    return unicodedata.normalize("NFC", suffix.rsplit(".", 1)[0] if "." in suffix else suffix)
+    ending = Path(f"x{suffix}").suffix
+    known = ending.lower() in (*FORMATS, *ARRAYS)
+    return unicodedata.normalize("NFC", suffix[: -len(ending)] if known else suffix)
 
 
 def _without(name: str, suffixes: Sequence[str]) -> str:
@@ -103,13 +109,7 @@ def _last(path: Path, folder: Path, stem: str, depth: int) -> str:
     return "/".join([*(unicodedata.normalize("NFC", part) for part in above[max(len(above) - depth + 1, 0) :]), stem])
 
 
-def _second(named: Sequence[Sequence[Tuple[str, Path]]]) -> BadFile:
-    found: Dict[str, Path] = {}
-    for side in named:
-        found.clear()
-        for name, path in side:
-            if name in found:
-                remedy = "move one of them elsewhere, or say which by --label-suffix or --prediction-suffix"
-                return BadFile(path, f"the second file of image {name!r}, after {found[name]}; {remedy}")
-            found[name] = path
-    raise AssertionError("no name twice")
+def _seconds(side: Sequence[Tuple[str, Path]]) -> List[Tuple[str, Path, Path]]:
+    """Names that an earlier file has too: the name, the file and that earlier one."""
+    first: Dict[str, Path] = {}
+    return [(name, path, first[name]) for name, path in side if first.setdefault(name, path) is not path]

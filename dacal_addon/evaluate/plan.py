@@ -4,7 +4,7 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
-from ..ignoring import ignored_labels
+from ..ignoring import ignored_or_255
 from ..metrics import CalibrationStats
 from .files import BadFile
 from .label_maps import LabelMap, read_label_map, read_palette
@@ -13,6 +13,7 @@ from .matching import matched
 from .options import EvaluateOptions
 from .predictions import PredictionKind, find_predictions
 from .sets import SETS
+from .wording import as_options
 
 
 class Plan(NamedTuple):
@@ -79,24 +80,28 @@ def check_both(name: str, plan: Plan, options: EvaluateOptions) -> None:
 
 
 def new_stats(plan: Plan, options: EvaluateOptions) -> CalibrationStats:
-    """Nothing counted yet."""
-    return CalibrationStats(
-        options.num_classes,
-        input=plan.input,
-        ignore_index=plan.label_kind.ignored,
-        n_bins=options.n_bins,
-        classwise=options.classwise,
-        per_image=True,
-    )
+    """Nothing counted yet, of labels as `read_label` gives them; `ValueError` for numbers that cannot be."""
+    try:
+        return CalibrationStats(
+            options.num_classes,
+            input=plan.input,
+            ignore_index=plan.label_kind.ignored,
+            n_bins=options.n_bins,
+            classwise=options.classwise,
+            per_image=True,
+            reduce_zero_label=options.reduce_zero_label,
+        )
+    except ValueError as error:
+        raise ValueError(as_options(str(error))) from error
 
 
 def _ignored(options: EvaluateOptions) -> Tuple[int, ...]:
-    if options.ignore_index is not None:
-        return ignored_labels("evaluate", options.ignore_index)
-    if options.num_classes > 255:
-        remedy = "pass --ignore-index, -1 where every pixel counts"
-        raise ValueError(f"expected --ignore-index with {options.num_classes} classes, of which 255 is one, got none; {remedy}")
-    return (255,)
+    first = 1 if options.reduce_zero_label else 0
+    try:
+        found = ignored_or_255("evaluate", options.ignore_index, options.num_classes, first_label=first)
+    except ValueError as error:
+        raise ValueError(as_options(str(error))) from error
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _input(predictions: Dict[str, Path], options: EvaluateOptions) -> str:

@@ -8,15 +8,14 @@ from typing import Any, List, NamedTuple, Optional, Sequence, Tuple, Union
 import numpy as np
 import torch
 
-from .._resize import resized
+from .._resize import resized_scores
 from ..one_channel import two_channels
-from .arrays import Accept, read_array, read_npy
+from .arrays import ARRAYS, Accept, read_array, read_npy
 from .files import BadFile, Listed, inside, listed
 from .images import MOST_PIXELS, read_numbers
 from .matching import CLASS, CONFIDENCE, ends_in
 from .shapes import Shape
 
-ARRAYS = (".npy", ".npz", ".pt", ".pth")
 Array = Union[np.ndarray, torch.Tensor]
 Prediction = Union[Array, Tuple[Array, Array]]
 
@@ -49,14 +48,18 @@ def find_predictions(source: Path, *, suffixes: Sequence[str] = (), follow_links
     return found._replace(paths=wanted)
 
 
-def read_prediction(path: Path, *, folder: Path, shape: Shape, kind: PredictionKind) -> Prediction:
+def read_prediction(
+    path: Path, *, folder: Path, shape: Shape, kind: PredictionKind, counted: Optional[np.ndarray] = None
+) -> Prediction:
     """(1, C, *S) floating, or for PNGs a pair of confidence and predicted class, (1, H, W) each.
 
     Scores of fewer pixels are interpolated to the label's (`Shape.upsample`), one sigmoid channel becomes two, and
-    probabilities times 255 or 65535 in uint8 or uint16 are divided by their sum over the classes, in float64.
+    probabilities times 255 or 65535 in uint8 or uint16 are divided by their sum over the classes, in float64 (NaN where that is
+    none of probabilities, and nothing counts).
 
     Args:
         folder: which the file must not leave.
+        counted: (*S) bool, the label's pixels that count: what the others have may be anything. All by default.
 
     Raises:
         BadFile: missing, truncated, of another shape or kind, pickled, larger than it may be.
@@ -73,16 +76,21 @@ def read_prediction(path: Path, *, folder: Path, shape: Shape, kind: PredictionK
     if shape.channels_last:
         axes = (0, len(shape.size) + 1, *range(1, len(shape.size) + 1))
         array = array.transpose(axes) if isinstance(array, np.ndarray) else array.permute(axes)
-    sigmoid = shape.one_channel
+    sigmoid, wrong = shape.one_channel, ""
     if not _is_floating(array):
-        array, sigmoid = _probabilities(path, array, one_channel=sigmoid), False
+        array, wrong = _probabilities(array, one_channel=sigmoid)
+        sigmoid = False
     if sigmoid or tuple(array.shape[2:]) != shape.size:
         scores = torch.as_tensor(array)
         if tuple(scores.shape[2:]) != shape.size:
-            scores = resized("evaluate", scores.float() if scores.dtype == torch.float16 else scores, shape.size)
+            scores = resized_scores("evaluate", scores, shape.size)
             if kind.input == "log_probs":  # as interpolated logits would give
                 scores = torch.log_softmax(scores, 1)
-        return two_channels(scores, input=kind.input) if sigmoid else scores
+        array = two_channels(scores, input=kind.input) if sigmoid else scores
+    if wrong:  # in some pixels, which may be none that count
+        nowhere = torch.isnan(torch.as_tensor(array)).any(1)[0].numpy()
+        if (nowhere if counted is None else nowhere & counted).any():
+            raise BadFile(path, wrong)
     return array
 
 
@@ -90,23 +98,30 @@ def _is_floating(array: Array) -> bool:
     return array.is_floating_point() if isinstance(array, torch.Tensor) else array.dtype.kind == "f"
 
 
-def _probabilities(path: Path, array: Array, *, one_channel: bool) -> np.ndarray:
+def _probabilities(array: Array, *, one_channel: bool) -> Tuple[np.ndarray, str]:
     """Of whole numbers, probabilities times the largest one of their kind: (1, C, *S) float64, also of one channel.
 
     As in a narrower kind 51 / 255 is beyond the bin that ends at 3 / 15: the ECE of some predictions was off by 0.006.
+
+    Returns:
+        the probabilities, NaN where the numbers are none, and what is wrong with these, or "".
     """
     values = array.numpy() if isinstance(array, torch.Tensor) else array
     most = int(np.iinfo(values.dtype).max)
     if one_channel:
         values = np.concatenate([most - values, values], 1)
     total = values.sum(1, keepdims=True, dtype=np.int64)
-    off = int(np.abs(total - most).max())
-    if off > values.shape[1]:  # rounding, or cutting off, moves each by at most 1
+    # Rounding, or cutting off, moves each by at most 1, and of many classes all to 0.
+    wrong = (np.abs(total - most) > values.shape[1]) | (total == 0)
+    said = ""
+    if wrong.any():
+        worst = int(total[wrong][np.abs(total[wrong] - most).argmax()])
         remedy = f"save round({most} * p), or floats"
-        worst = int(total.reshape(-1)[np.abs(total - most).argmax()])
-        raise BadFile(path, f"expected probabilities times {most}, whose sum is it, got the sum {worst}; {remedy}")
-    scores: np.ndarray = values / total
-    return scores
+        if worst == 0 and values.shape[1] >= most:
+            remedy = f"{values.dtype} is too coarse for {values.shape[1]} classes: save floats"
+        said = f"expected probabilities times {most}, whose sum is it, got the sum {worst}; {remedy}"
+    scores: np.ndarray = values / np.where(wrong, np.nan, total)
+    return scores, said
 
 
 def _accept(path: Path, shape: Shape, kind: PredictionKind) -> Accept:
@@ -171,7 +186,7 @@ def _read_pt(path: Path, shape: Shape, kind: PredictionKind) -> Array:
         if "numpy" in str(error):
             raise BadFile(path, "holds a numpy array, which would be unpickled; save .npy by np.save, or a tensor") from error
         remedy = "it holds more than tensors, or is damaged; save the tensor alone"
-        raise BadFile(path, f"torch.load(weights_only=True) refuses it: {remedy}") from error
+        raise BadFile(path, f"torch.load refuses it with weights_only: {remedy}") from error
     if isinstance(content, dict):
         named = {str(name): value for name, value in content.items()}
         content = named[_choose(path, list(named), kind.key)]
@@ -195,7 +210,7 @@ def _read_pair(path: Path, folder: Path, shape: Shape, kind: PredictionKind) -> 
     for one, file in ((confidence, path), (prediction, partner)):
         if one.shape != shape.size:
             raise BadFile(file, f"expected an image {shape.size} (height, width) as its label is, got {one.shape}")
-    most = 255.0 if confidence.dtype == np.uint8 else 65535.0
+    most = 1.0 if confidence.dtype == bool else 255.0 if confidence.dtype == np.uint8 else 65535.0
     return (confidence / most)[None], prediction.astype(np.int64)[None]
 
 

@@ -10,9 +10,9 @@ import torch
 
 from .. import __version__
 from ..metrics import CalibrationStats, ReliabilityTable
+from ..metrics.binned import class_gap
 from ..metrics.bootstrap import Bootstrap
 from ..metrics.catalogue import CATALOGUE, Metric
-from ..plots import class_gap
 from .compare import Network, difference
 from .judging import Results
 from .options import EvaluateOptions

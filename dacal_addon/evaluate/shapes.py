@@ -19,6 +19,8 @@ class Shape(NamedTuple):
     channels_last: bool = False
     upsample: bool = False
     """Lower resolutions of the same aspect are taken too."""
+    one_slice: bool = False
+    """The label is a volume (1, *size), and (C, 1, *size) is one too."""
 
     @property
     def channels(self) -> int:
@@ -44,12 +46,16 @@ class Shape(NamedTuple):
         raise BadFile(path, f"expected an array {whole} as its label has it, got {tuple(got)}; {self._remedy(tuple(got))}")
 
     def _core(self, got: Tuple[int, ...]) -> Optional[Tuple[int, ...]]:
-        """Without a batch of one, and with the channel that may be missing where there is one."""
+        """Without a batch or a slice of one, and with the channel that may be missing where there is one."""
         if not all(type(size) is int and size > 0 for size in got):  # in a header, True is 1 as well
             return None
         dims = len(self.size)
+        if self.one_slice and len(got) == dims + 3 and got[0] == 1:
+            got = got[1:]
         if len(got) == dims + 2 and got[0] == 1:
             return tuple(got[1:])
+        if self.one_slice and len(got) == dims + 2 and got[1] == 1 and not self.channels_last:
+            return (got[0], *got[2:])
         if len(got) == dims and self.one_channel:
             return (*got, 1) if self.channels_last else (1, *got)
         return tuple(got) if len(got) == dims + 1 else None

@@ -6,11 +6,10 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 import torch
 
-from ..ignoring import is_ignored
 from ..metrics.arrays import as_tensor
 from .compare import Network
-from .files import BadFile, listed
-from .images import FORMATS, read_colours, read_numbers
+from .files import BadFile, inside, listed
+from .images import FORMATS, read_picture
 from .judging import ImageRow, Results, read_image
 from .matching import matched
 from .options import EvaluateOptions
@@ -52,9 +51,9 @@ def find_photographs(options: EvaluateOptions, network: Network) -> Dict[str, Pa
     """Image -> photograph below --images, matched by name as predictions are; `BadFile` for no folder, or nothing in it."""
     if options.images is None:
         return {}
-    paths = listed(options.images, list(FORMATS), follow_links=options.follow_links).paths
+    paths, folder, _ = listed(options.images, list(FORMATS), follow_links=options.follow_links)
     labels = network.plan.labels
-    found = matched(paths, list(labels.values()), folders=(options.images, options.labels), label_suffixes=options.label_suffix)
+    found = matched(paths, list(labels.values()), folders=(folder, options.labels), label_suffixes=options.label_suffix)
     of_label = {path: found.predictions[name] for name, path in found.labels.items() if name in found.predictions}
     return {name: of_label[path] for name, path in labels.items() if path in of_label}
 
@@ -64,18 +63,23 @@ def look_at_worst(
 ) -> Tuple[List[Seen], List[str]]:
     """Read the worst images again, and no others: what is to be drawn, worst first; and remarks."""
     found, remarks = [], []
-    ignored = network.plan.label_kind.ignored
+    kind = network.plan.label_kind
+    ignored = [one - kind.first for one in kind.uncounted]
     for row in worst_rows(results.images, options.worst):
-        prediction, label = read_image(row.name, network.plan, network.options)
+        try:
+            prediction, label = read_image(row.name, network.plan, network.options)
+        except BadFile as error:  # though it was read before
+            remarks.append(f"no picture of image {row.name!r}: {error}")
+            continue
         photograph = None
         if row.name in photographs:
             try:
-                photograph = read_photograph(photographs[row.name], options.max_pixels)
+                photograph = read_photograph(photographs[row.name], options.images, options.max_pixels)
             except BadFile as error:
                 remarks.append(str(error))
         elif options.images is not None:
             remarks.append(f"no photograph of image {row.name!r} in {options.images}")
-        found.append(look(row, prediction, label, network.plan.input, ignored, photograph=photograph))
+        found.append(look(row, prediction, label - kind.first, network.plan.input, ignored, photograph=photograph))
     return found, remarks
 
 
@@ -88,7 +92,7 @@ def look(
     *,
     photograph: Optional[np.ndarray] = None,
 ) -> Seen:
-    """At most 480 pixels across of a prediction (1, C, *S), or a pair (1, H, W), and its label (1, *S).
+    """At most 480 pixels across of a prediction (1, C, *S), or a pair (1, H, W), and its label (1, *S), classes or `ignored`.
 
     Of a volume, the slice with the most confidence in what is wrong. `kind`: as `CalibrationStats(input=...)`.
 
@@ -98,7 +102,7 @@ def look(
         >>> look(row, scores, np.array([[[0, 0]]]), "probs", (255,)).wrong.tolist()
         [[False, True]]
     """
-    height, width = (1, *label.shape)[-2:] if label.ndim == 2 else label.shape[-2:]
+    height, width = label.shape[-2:]
     step = -(-max(height, width) // _MOST_PIXELS_ACROSS)
 
     def thin(values: Any, *leading: int) -> Any:
@@ -115,7 +119,7 @@ def look(
     if photograph is not None:
         across = -(-max(photograph.shape) // _MOST_PIXELS_ACROSS)
         photograph = photograph[::across, ::across]
-    void = [is_ignored(torch.from_numpy(np.ascontiguousarray(one)), tuple(ignored)).numpy() for one in slices]
+    void = [np.isin(one, ignored) for one in slices]
     found = [
         Seen(row, one, predicted, confidence, without, photograph)
         for one, without, (confidence, predicted) in zip(slices, void, sure)
@@ -135,12 +139,8 @@ def _top(scores: torch.Tensor, kind: str) -> Tuple[np.ndarray, np.ndarray]:
     return np.concatenate(confidence), np.concatenate(predicted)
 
 
-def read_photograph(path: Path, max_pixels: int) -> np.ndarray:
-    """(H, W, 3) uint8, of a colour or a grey image; `BadFile` for what is neither."""
-    try:
-        packed = read_colours(path, max_pixels=max_pixels)
-    except BadFile:  # perhaps a grey one
-        grey = read_numbers(path, max_pixels=max_pixels).astype(np.float64)
-        grey = np.clip(np.rint(grey * (255 / max(grey.max(), 1))), 0, 255).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, 2)
-    return np.stack([packed >> 16, packed >> 8 & 255, packed & 255], 2).astype(np.uint8)
+def read_photograph(path: Path, source: Optional[Path], max_pixels: int) -> np.ndarray:
+    """(H, W, 3) uint8, of a colour or a grey image below `source`; `BadFile` for what is neither, or elsewhere."""
+    assert source is not None  # there are no photographs without
+    inside(path, source if source.is_dir() else source.parent)
+    return read_picture(path, max_pixels=max_pixels)

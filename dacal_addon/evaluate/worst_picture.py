@@ -30,15 +30,16 @@ def picture(seen: Seen, names: Sequence[str], number: int) -> Any:
     from matplotlib.patches import Patch
 
     colours, void = class_colours(names), seen.void
+    predicted = seen.predicted.clip(0, len(names) - 1)  # it may be anything where it does not count
     scale = LinearSegmentedColormap.from_list("sure", ["#fdd49e", plots.ORANGE, "#7f0000"])
-    panels = {"label": colours[np.where(void, 0, seen.label)], "prediction": colours[seen.predicted]}
+    panels = {"label": colours[np.where(void, 0, seen.label)], "prediction": colours[predicted]}
     shades = 255 * scale(seen.confidence)[..., :3]
     panels[_ERRORS] = np.where(seen.wrong[..., None], shades, _RIGHT).astype(np.uint8)
     for name in ("label", _ERRORS):
         panels[name][void] = _VOID
     if seen.photograph is not None:
         panels = {"image": seen.photograph, **panels}
-    counts = np.bincount(np.concatenate([seen.label[~void], seen.predicted.ravel()]), minlength=len(names))
+    counts = np.bincount(np.concatenate([seen.label[~void], predicted.ravel()]), minlength=len(names))
     frequent = [c for c in np.argsort(-counts, kind="stable")[:_MOST_NAMES].tolist() if counts[c]]
     lines = -(-(len(frequent) + 1) // 3)
     wide, apart, (height, width) = (plots.COLUMN - 0.1) / 2, 0.06, seen.label.shape

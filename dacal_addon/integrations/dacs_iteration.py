@@ -120,7 +120,7 @@ class DacsIteration:
         self._learn(call, mask)
         with torch.no_grad():
             # Without `valid`: which pixels count in the student's passes, the host's own weights say.
-            self.labels = self.calibration.labeler(self.teacher.kept)
+            self.labels = self.calibration.labeler(self.teacher.kept, ignore_index=IGNORE)
             temperature = self.labels.temperature
             for name, value in (("mean", temperature.mean()), ("min", temperature.min()), ("max", temperature.max())):
                 self.log_vars[f"dacal.temperature_{name}"] = float(value)
@@ -167,7 +167,7 @@ class DacsIteration:
             return None
         with torch.no_grad():
             if self.own_teacher.call is not None:  # MIC's own, with another EMA decay or threshold
-                soft_label = self.calibration.labeler(self.own_teacher.kept).soft_label
+                soft_label = self.calibration.labeler(self.own_teacher.kept, ignore_index=IGNORE).soft_label
             else:
                 assert self.labels is not None  # the mixed pass came first
                 soft_label = self.labels.soft_label

@@ -3,9 +3,12 @@
 The only file that imports torchmetrics; it comes with the extra `torchmetrics`.
 """
 
+import copy
+import hashlib
 import inspect
 from typing import Any, Dict, Optional, Sequence, Union
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -62,6 +65,8 @@ class CalibrationMetric(Metric):
             check_choice("CalibrationMetric", "metric", name, possible)
         for name, field in self._counts().items():
             self.add_state(name, default=field, dist_reduce_fx="sum")
+        # Of metrics whose states are equal after the first batch, a collection lets one count: settings must show in them.
+        self.add_state("settings_digest", default=_digest(self._stats), dist_reduce_fx="max")
 
     def update(self, preds: Predictions, target: Array, region: Optional[Array] = None, **options: Any) -> None:
         """As `CalibrationStats.update`."""
@@ -80,13 +85,20 @@ class CalibrationMetric(Metric):
         return values[self._names[0]] if self._one else values
 
     def statistics(self) -> CalibrationStats:
-        """The counts as a `CalibrationStats`, for all else that it has: reliability diagrams, figures by class. This process's
-        own, outside of `compute`."""
-        state = self._stats.state_dict()
+        """A copy of the counts as a `CalibrationStats`, for all else that it has: reliability diagrams, figures by class. This
+        process's own, outside of `compute`."""
+        found = copy.copy(self._stats)
+        state = found.state_dict()
         state["totals"] = {name: getattr(self, name).cpu() for name in state["totals"]}
-        self._stats.load_state_dict(state)
-        return self._stats
+        found.load_state_dict(state)
+        return found
 
     def _counts(self) -> Dict[str, Tensor]:
         counts: Dict[str, Tensor] = self._stats.state_dict()["totals"]
         return counts
+
+
+def _digest(stats: CalibrationStats) -> Tensor:
+    """Of its settings, (16,) int64: 256 bits in parts of 16, since torchmetrics takes for equal what differs by 1e-5 of it."""
+    digest = hashlib.sha256(repr(stats.state_dict()["settings"]).encode()).digest()
+    return torch.from_numpy(np.frombuffer(digest, dtype="<u2").astype(np.int64))

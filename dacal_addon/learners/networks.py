@@ -6,10 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .._check import check_tensor, describe, problem
-from .._resize import resized
-from .._upcast import at_least_float32
+from .._resize import resized_scores
 from ..preserve import preserved
-from ..pseudo_labels import LOGIT_FLOOR
 
 
 class Network(Protocol):
@@ -65,10 +63,7 @@ def at_size(function: str, name: str, logits: Tensor, size: Sequence[int]) -> Te
     if logits.dim() != len(size) + 2 or not logits.is_floating_point():
         expected = f"{name}: a floating tensor (N, C, {', '.join(map(str, size))}), or of a lower resolution"
         raise problem(function, expected=expected, got=describe(logits), remedy="say with logits_of where the logits are")
-    if tuple(logits.shape[2:]) == tuple(size):
-        return logits
-    # A class masked out with -inf would become 0 * -inf, NaN, between two pixels.
-    return resized(function, at_least_float32(logits).clamp(min=LOGIT_FLOOR), size)
+    return resized_scores(function, logits, size)
 
 
 def ask(network: Network, image: Tensor) -> Any:

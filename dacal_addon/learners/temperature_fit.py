@@ -5,8 +5,9 @@ from typing import Union
 import torch
 from torch import Tensor
 
+from .._upcast import LOGIT_FLOOR
 from ..ignoring import void_label
-from ..pseudo_labels import LOGIT_FLOOR, without_classes
+from ..pseudo_labels import without_classes
 from .judged_sets import as_judged, usable
 from .learner import Defaults, Iteration, Learned, Learner
 from .networks import ask

@@ -1,6 +1,5 @@
 """What `update` is given, as a checked batch; each error names what to do about the layout it was given in."""
 
-import math
 from typing import Mapping, Optional, Tuple
 
 import numpy as np
@@ -8,9 +7,7 @@ import torch
 from torch import Tensor
 
 from .._check import check_logits, describe, problem
-from .._resize import resized
-from .._upcast import at_least_float32
-from ..pseudo_labels import LOGIT_FLOOR
+from .._resize import resized_scores
 from .arrays import Array, Predictions, as_tensor
 from .pieces import Batch
 from .settings import Settings
@@ -40,7 +37,8 @@ def as_batch(
             raise problem(function, expected=expected, got=f"input={settings.input!r}", remedy=remedy)
     label = as_tensor(function, "target", target)
     if label.is_floating_point() or label.is_complex() or label.dtype == torch.bool:
-        remedy = "convert it with .long(); probabilistic targets have no calibration error"
+        soft = "; probabilistic targets have no calibration error" if label.dtype != torch.bool else ""
+        remedy = f"convert it with .long(){soft}"
         expected = "target: an integer array (N, *spatial)"
         raise problem(function, expected=expected, got=describe(label), remedy=remedy, error=TypeError)
     if settings.input == "top1":
@@ -69,10 +67,7 @@ def as_batch(
 def at_label_size(function: str, batch: Batch) -> Batch:
     """The batch with scores, (N, C, *S) of any size, brought linearly to the size of its labels."""
     assert isinstance(batch.scores, Tensor)
-    scores = at_least_float32(batch.scores)
-    # A class that is masked out by -infinity has probability 0 with this logit too, and 0 times it is no NaN.
-    scores = scores.masked_fill(scores == -math.inf, LOGIT_FLOOR)
-    return batch._replace(scores=resized(function, scores, batch.label.shape[1:]))
+    return batch._replace(scores=resized_scores(function, batch.scores, batch.label.shape[1:]))
 
 
 def _as_scores(function: str, x: object, label: Tensor, settings: Settings) -> Tensor:

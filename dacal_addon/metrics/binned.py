@@ -1,6 +1,7 @@
 """Calibration errors over bins of confidence."""
 
-from typing import NamedTuple
+import math
+from typing import NamedTuple, Tuple
 
 import numpy as np
 import torch
@@ -133,3 +134,42 @@ def tabulate(bins: Cells, edges: np.ndarray, *, whole: bool) -> ReliabilityTable
     pixels = np.rint(bins.pixels).astype(np.int64) if whole else bins.pixels
     columns = (edges[:-1], edges[1:], pixels, bins.confidence / filled, bins.correct / filled)
     return ReliabilityTable(*(torch.from_numpy(np.ascontiguousarray(column)) for column in columns))
+
+
+def class_gap(table: ReliabilityTable) -> float:
+    """The mean gap of the bins of one class, each with the weight of its pixels of the class; NaN where there are none.
+
+    sum(w |share - probability|) / sum(w) over the bins, w = pixels x max(share, probability): the bin's pixels of the class
+    by label, or as many as its probabilities sum to, whichever are more. In 0..1. Class-wise ECE has w = pixels, and so is
+    small for every rare class: most pixels neither are of it nor could be.
+
+    Example:
+        >>> edges = torch.tensor([0.0, 0.5, 1.0]).double()
+        >>> pixels, probability, share = torch.tensor([[99.0, 1.0], [0.0, 0.75], [0.0, 0.25]]).double()
+        >>> table = ReliabilityTable(edges[:-1], edges[1:], pixels.long(), probability, share)
+        >>> class_gap(table), table_ece(table)
+        (0.5, 0.005)
+    """
+    pixels, probability, share = filled_columns(table)
+    weight = pixels * np.maximum(share, probability)
+    return float((weight * np.abs(share - probability)).sum() / weight.sum()) if weight.sum() else math.nan
+
+
+def table_ece(table: ReliabilityTable) -> float:
+    """The l1 calibration error of a table's bins, NaN if they are empty.
+
+    Example:
+        >>> edges = torch.tensor([0.0, 0.5, 1.0]).double()
+        >>> pixels, confidence, accuracy = torch.tensor([[1.0, 3.0], [0.5, 0.75], [0.5, 0.25]]).double()
+        >>> table_ece(ReliabilityTable(edges[:-1], edges[1:], pixels.long(), confidence, accuracy))  # 3/4 x 0.5
+        0.375
+    """
+    pixels, confidence, accuracy = filled_columns(table)
+    return float(calibration_error(Cells(pixels, pixels * accuracy, pixels * confidence)))
+
+
+def filled_columns(table: ReliabilityTable) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pixels, mean confidence and accuracy, 0 where a bin is empty."""
+    pixels = table.pixels.double()
+    means = (torch.where(pixels > 0, column, torch.zeros_like(column)) for column in (table.confidence, table.accuracy))
+    return (pixels.numpy(), *(column.numpy() for column in means))  # type: ignore[return-value]

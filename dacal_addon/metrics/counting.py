@@ -12,11 +12,12 @@ from ..ignoring import IgnoreIndex
 from ..ranks import Ranks
 from . import totals as _totals
 from .arrays import Array, Predictions
+from .backends import backend_for, check_backend, functions_of
 from .batches import as_batch, at_label_size
 from .faults import fault
 from .grid import cell_count
-from .images import Image, Images, image_of, pack, unpack
-from .pixels import Judge, count_, judge
+from .images import Images, image_of, pack, unpack
+from .pixels import count_
 from .saved import loaded_images, loaded_totals
 from .settings import check_settings
 from .totals import Totals
@@ -53,7 +54,7 @@ class Counting:
         classwise: bool = False,
         per_image: bool = False,
         device: Union[str, torch.device, None] = None,
-        compile: bool = False,
+        backend: Optional[str] = None,
         one_channel: bool = False,
         channels_last: bool = False,
         reduce_zero_label: bool = False,
@@ -73,11 +74,12 @@ class Counting:
         )
         self.per_image = bool(per_image)
         self.device = torch.device("cpu" if device is None else device)
-        self.compile = compile
-        self._compiled = _compile(name) if compile else None
+        check_backend(name, backend)
+        self.backend = backend
+        self._judged_by: Optional[str] = None
         self._synced = False
         self._totals = self._zeros(self.device)
-        self._images: List[Image] = []
+        self._images: List[Images] = []
 
     # What it is
 
@@ -102,6 +104,11 @@ class Counting:
         return self._settings.ignored_classes
 
     @property
+    def judged_by(self) -> Optional[str]:
+        """What judged the last batch: "numba", "torch" or "compile"; None if there was none."""
+        return self._judged_by
+
+    @property
     def pixels(self) -> int:
         """Valid pixels so far."""
         return int(self._totals.pixels.sum())
@@ -115,13 +122,6 @@ class Counting:
     def images(self) -> int:
         """Images so far, with or without valid pixels."""
         return int(self._totals.images)
-
-    def __getstate__(self) -> Dict[str, Any]:
-        return {**self.__dict__, "_compiled": None}  # a compiled function cannot be pickled
-
-    def __setstate__(self, state: Dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._compiled = _compile("CalibrationStats") if self.compile else None
 
     def __repr__(self) -> str:
         listed = ", ".join(f"{key}={value!r}" for key, value in self._description().items())
@@ -148,7 +148,7 @@ class Counting:
             target: (N, *S) integers: classes, or labels of `ignore_index`.
             region: (N, *S) bool, the pixels to count, for example `boundary_mask(target, 3)`; all if None.
             interpolate: logits or probabilities of another resolution are brought to the label's, linearly in one to three
-                dimensions, as `F.interpolate` does with align_corners=False.
+                dimensions, as `F.interpolate` does with align_corners=False; in float32, unless they are float64.
             normalize: divide probabilities by their sum, which rounding to 8 bits of mantissa (bfloat16) moves by 1e-2.
 
         Raises:
@@ -165,15 +165,16 @@ class Counting:
         batch = as_batch("update", x, target, region, self._settings, interpolate=interpolate, normalize=normalize)
         # Scores are interpolated an image at a time, so that one of them is in memory.
         parts = [batch.image(i) for i in range(len(batch.label))] if self.per_image or interpolate else [batch]
+        judged_by = backend_for(batch, self.backend)
         whole: Optional[Totals] = None
         images = []
         for part in parts:
             part = at_label_size("update", part) if interpolate else part
             counts = self._zeros(batch.label.device)
-            if not count_(counts, part, self._settings, self._compiled):
+            if not count_(counts, part, self._settings, **functions_of(judged_by)):
                 raise fault(part, self._settings, function="update")
             if self.per_image:
-                images.append(Image(*(field.to(self.device) for field in image_of(counts))))
+                images.append(Images(*(field.to(self.device) for field in image_of(counts))))
             if whole is None:
                 whole = counts
             else:
@@ -181,6 +182,7 @@ class Counting:
         if whole is not None:
             _totals.add_(self._totals, whole)
         self._images += images
+        self._judged_by = judged_by
 
     @_counting
     def merge(self, other: "Counting") -> None:
@@ -198,7 +200,7 @@ class Counting:
             remedy = "merge before sync(), or after it on both"
             got = "counts of one process and of all"
             raise problem("merge", expected="both before sync() or both after it", got=got, remedy=remedy, error=RuntimeError)
-        images = [Image(*(field.to(self.device) for field in one)) for one in other._images]
+        images = [Images(*(field.to(self.device) for field in one)) for one in other._images]
         _totals.add_(self._totals, other._totals)
         self._images += images
 
@@ -236,7 +238,7 @@ class Counting:
         """Move the counts to a device, in place, and return itself; pixels are judged on the device they are on."""
         device = torch.device(device)
         totals = Totals(*(field.to(device) for field in self._totals))
-        self._images = [Image(*(field.to(device) for field in one)) for one in self._images]
+        self._images = [Images(*(field.to(device) for field in one)) for one in self._images]
         self._totals, self.device = totals, device
         return self
 
@@ -298,12 +300,3 @@ def _everyones(field: Tensor, ranks: Ranks) -> Tensor:
     everyones = field.new_zeros((int(lengths.sum()), *field.shape[1:]))
     everyones[begin : begin + len(field)] = field
     return ranks.total(everyones)
-
-
-def _compile(function: str) -> Judge:
-    if not hasattr(torch, "compile"):
-        remedy = "pass compile=False, or use torch >= 2.0"
-        got = f"torch {torch.__version__}"
-        raise problem(function, expected="torch.compile with compile=True", got=got, remedy=remedy, error=RuntimeError)
-    compiled: Judge = torch.compile(judge)
-    return compiled

@@ -17,7 +17,8 @@ _ROUNDED = 0.1
 
 def fault(batch: Batch, settings: Settings, *, function: str) -> Exception:
     """The `ValueError` for what `count_` found: the first offence."""
-    for piece in pieces(batch, settings, piece_size(settings, batch.label.device)):
+    # As they were given: what cannot be normalised is NaN afterwards.
+    for piece in pieces(batch._replace(normalize=False), settings, piece_size(settings, batch.label.device)):
         counts, scores = piece.counted > 0, piece.scores
         found = _of_labels(piece.label[counts], settings, function)
         if found is None and isinstance(scores, Tensor):
@@ -70,17 +71,21 @@ def _of_scores(scores: Tensor, normalized: bool, settings: Settings, function: s
         remedy = "look for a division by zero or an overflow in the network"
         return problem(function, expected="x: logits below infinity, one of them finite", got=got, remedy=remedy)
     p = scores.double() if kind == "probs" else scores.double().exp()
-    total = p.sum(0)
+    total = (p / p.sum(0)).sum(0) if normalized else p.sum(0)
     if bool(((total - 1).abs() <= tolerance(scores.dtype, kind)).all() & (p >= 0).all()):
         return None
     off, low, high = float((total - 1).abs().max()), float(p.min()), float(p.max())
     expected = f"x: {kind} whose probabilities are >= 0 and sum to 1 over C"
     got, remedy = f"sums off by up to {off:.3g}", "pass input='logits' if they are logits"
     if bool(torch.isnan(p).any()):
-        got = "NaN"
-        remedy = "no sum of 0 can be normalised" if normalized else "look for a division by zero or an overflow in the network"
+        got, remedy = "NaN", "look for a division by zero or an overflow in the network"
     elif low < 0:
         got = f"a value of {low:.3g}"
+        if high <= 0 and bool(((p.exp().sum(0) - 1).abs() <= _ROUNDED).all()):
+            remedy = "pass input='log_probs' if they are logarithms"
+    elif normalized:
+        got = "infinity" if high == math.inf else "only zeros"
+        remedy = "neither can be divided by its sum"
     elif off <= _ROUNDED and kind == "probs":
         remedy = "if rounding did that (bfloat16 leaves 1e-2), pass normalize=True"
     elif off <= _ROUNDED:

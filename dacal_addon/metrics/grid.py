@@ -18,7 +18,7 @@ OCTAVES = 32
 # In cells: a probability no further above an edge lies on it. 1 / (1 + 1 + 1) may come out one rounding above or below 5 / 15,
 # depending on the vector lane that computed it, and must not change its bin for that. The octaves' cells need no such care:
 # they are shifted by half a cell, so that 1/2, 1/4, ... lie in the middle of one, and their edges are irrational.
-_ON_EDGE = 1e-12
+ON_EDGE = 1e-12
 
 
 class Grid(NamedTuple):
@@ -42,9 +42,9 @@ def make_grid(n_bins: int, fine_bins: int, *, both_ends: bool) -> Grid:
     count = fine_bins // 2 if both_ends else fine_bins
     doubt = 2.0 ** (-(np.arange(count - 1) + 0.5) * OCTAVES / count - both_ends)
     fine = np.concatenate([doubt[::-1], [0.5], 1 - doubt]) if both_ends else 1 - doubt
-    uniform = _uniform(n_bins, fine_bins)
+    uniform = uniform_cells(n_bins, fine_bins)
     inner = np.concatenate([fine, np.arange(1, uniform) / uniform])
-    # Only 0.5 can be an edge of both. What lies up to _ON_EDGE above it is in the next fine cell and not in the next bin.
+    # Only 0.5 can be an edge of both. What lies up to ON_EDGE above it is in the next fine cell and not in the next bin.
     order = np.argsort(inner, kind="stable")
     edges = np.concatenate([[0.0], inner[order], [1.0]])
     of_uniform = np.concatenate([[0], np.cumsum(order >= len(fine))]).astype(np.int64)
@@ -57,7 +57,7 @@ def cell_count(n_bins: int, fine_bins: int) -> int:
     >>> cell_count(15, 4096) == len(make_grid(15, 4096, both_ends=True).bin_of_cell)
     True
     """
-    return fine_bins + _uniform(n_bins, fine_bins) - 1
+    return fine_bins + uniform_cells(n_bins, fine_bins) - 1
 
 
 def cell_of(probability: Tensor, *, n_bins: int, fine_bins: int, both_ends: bool) -> Tensor:
@@ -69,8 +69,8 @@ def cell_of(probability: Tensor, *, n_bins: int, fine_bins: int, both_ends: bool
         >>> cell_of(torch.tensor([0.0, 0.5, 0.51, 1.0]).double(), n_bins=2, fine_bins=32, both_ends=False)
         tensor([ 0.,  8.,  9., 46.], dtype=torch.float64)
     """
-    uniform = float(_uniform(n_bins, fine_bins))
-    coarse = (probability * uniform).sub_(_ON_EDGE).ceil_().clamp_(1.0, uniform)
+    uniform = float(uniform_cells(n_bins, fine_bins))
+    coarse = (probability * uniform).sub_(ON_EDGE).ceil_().clamp_(1.0, uniform)
     if not both_ends:
         return coarse.add_(_fine(1.0 - probability, fine_bins)).sub_(1.0)
     half = fine_bins // 2
@@ -79,7 +79,7 @@ def cell_of(probability: Tensor, *, n_bins: int, fine_bins: int, both_ends: bool
     return coarse.add_(torch.where(probability > 0.5, steps, -steps)).add_(half - 1.5)
 
 
-def _uniform(n_bins: int, fine_bins: int) -> int:
+def uniform_cells(n_bins: int, fine_bins: int) -> int:
     """Cells of equal width: half of `fine_bins` or a few more, a multiple of the bins."""
     return n_bins * -(-fine_bins // (2 * n_bins))
 

@@ -8,75 +8,54 @@ from torch import Tensor
 from .totals import Totals
 
 
-class Image(NamedTuple):
-    """The totals of one image, without those of the classes' probabilities, which are most of it."""
-
-    ignored: Tensor
-    """() int64, as the next two in `Totals`."""
-    nll: Tensor
-    """() float64."""
-    brier: Tensor
-    """() float64."""
-    predicted_confidence: Tensor
-    """(C,) float64."""
-    cell: Tensor
-    """(k,) int32: the cells of confidence with pixels in them, in their order."""
-    pixels: Tensor
-    """(k,) int64: how many."""
-    correct: Tensor
-    """(k,) int64."""
-    confidence: Tensor
-    """(k,) float64."""
-    pair: Tensor
-    """(m,) int32: target x C + predicted class of the pairs that occur, in their order."""
-    pair_pixels: Tensor
-    """(m,) int64: how often."""
-
-
 class Images(NamedTuple):
-    """N images, one after the other in every field: K cells and M pairs in all. Kinds are those of `Image`."""
+    """The totals of N images, one after the other in every field, without those of the classes' probabilities, which are most
+    of them: K cells and M pairs in all."""
 
     cells: Tensor
     """(N,) int64: how many cells each has."""
     pairs: Tensor
     """(N,) int64: how many pairs each has."""
     ignored: Tensor
-    """(N,)"""
+    """(N,) int64, as the next two in `Totals`."""
     nll: Tensor
-    """(N,)"""
+    """(N,) float64."""
     brier: Tensor
-    """(N,)"""
+    """(N,) float64."""
     predicted_confidence: Tensor
-    """(N, C)"""
+    """(N, C) float64."""
     cell: Tensor
-    """(K,)"""
+    """(K,) int32: the cells of confidence with pixels in them, in their order."""
     pixels: Tensor
-    """(K,)"""
+    """(K,) int64: how many."""
     correct: Tensor
-    """(K,)"""
+    """(K,) int64."""
     confidence: Tensor
-    """(K,)"""
+    """(K,) float64."""
     pair: Tensor
-    """(M,)"""
+    """(M,) int32: target x C + predicted class of the pairs that occur, in their order."""
     pair_pixels: Tensor
-    """(M,)"""
+    """(M,) int64: how often."""
 
 
+"""`Images` of one."""
 LENGTH_OF = {**dict.fromkeys(("cell", "pixels", "correct", "confidence"), "cells"), "pair": "pairs", "pair_pixels": "pairs"}
 """The field of `Images` that says how many entries each image has; a field that is not here has one an image."""
 
 
-def image_of(totals: Totals) -> Image:
+def image_of(totals: Totals) -> Images:
     """The totals of one image, without their zeros."""
     cell = torch.nonzero(totals.pixels, as_tuple=True)[0]
     confusion = totals.confusion.reshape(-1)
     pair = torch.nonzero(confusion, as_tuple=True)[0]
-    return Image(
+    return Images(
+        totals.pixels.new_tensor([len(cell)]),
+        totals.pixels.new_tensor([len(pair)]),
         # Copies: a part of a tensor keeps all of it.
-        totals.ignored.clone(),
-        totals.nll.clone(),
-        totals.brier.clone(),
-        totals.predicted_confidence.clone(),
+        totals.ignored[None].clone(),
+        totals.nll[None].clone(),
+        totals.brier[None].clone(),
+        totals.predicted_confidence[None].clone(),
         cell.int(),
         totals.pixels[cell],
         totals.correct[cell],
@@ -86,7 +65,7 @@ def image_of(totals: Totals) -> Image:
     )
 
 
-def pack(images: Sequence[Image], like: Totals) -> Images:
+def pack(images: Sequence[Images], like: Totals) -> Images:
     """All of them as one. `like`: gives classes, kinds and device where there is none.
 
     Example:
@@ -99,23 +78,14 @@ def pack(images: Sequence[Image], like: Totals) -> Images:
         >>> [image.pair_pixels.tolist() for image in unpack(both)]
         [[3, 1], [3, 1]]
     """
-    parts = list(images) or [image_of(like)]
-    lengths = [torch.tensor([len(getattr(image, name)) for image in images], dtype=torch.int64) for name in ("cell", "pair")]
-    fields = {}
-    for name in Image._fields:
-        column = [getattr(image, name) for image in parts]
-        joined = torch.cat(column) if name in LENGTH_OF else torch.stack(column)
-        fields[name] = joined if images else joined[:0]
-    cells, pairs = (length.to(like.pixels.device) for length in lengths)
-    return Images(cells, pairs, **fields)
+    if not images:
+        return Images(*(field[:0] for field in image_of(like)))
+    return Images(*(torch.cat(column) for column in zip(*images)))
 
 
-def unpack(images: Images) -> List[Image]:
+def unpack(images: Images) -> List[Images]:
     """The inverse of `pack`."""
     lengths = {"cells": images.cells.tolist(), "pairs": images.pairs.tolist()}
-    columns = [
-        getattr(images, name).split(lengths[LENGTH_OF[name]]) if name in LENGTH_OF else getattr(images, name).unbind()
-        for name in Image._fields
-    ]
+    columns = (field.split(lengths[LENGTH_OF[name]] if name in LENGTH_OF else 1) for name, field in images._asdict().items())
     # Copies: a part of a tensor keeps all of it.
-    return [Image(*(field.clone() for field in row)) for row in zip(*columns)]
+    return [Images(*(field.clone() for field in row)) for row in zip(*columns)]

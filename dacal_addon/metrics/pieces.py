@@ -45,8 +45,8 @@ class Piece(NamedTuple):
     """(P,) float64, 1 or 0."""
 
 
-def pieces(batch: Batch, settings: Settings, size: int) -> Iterator[Piece]:
-    """All of the batch, at most `size` pixels at a time.
+def pieces(batch: Batch, settings: Settings, size: int, *, begin: int = 0, step: int = 1) -> Iterator[Piece]:
+    """All of the batch, at most `size` pixels at a time; or every `step`-th of these pieces, from number `begin` on.
 
     Example:
         >>> settings = Settings(2, "logits", (255,), 15, 4096, False)
@@ -61,8 +61,9 @@ def pieces(batch: Batch, settings: Settings, size: int) -> Iterator[Piece]:
     for extent in reversed(batch.label.shape):
         steps.insert(0, max(1, min(extent, room)))
         room = max(1, room // steps[0])
-    for corner in itertools.product(*(range(0, extent, step) for extent, step in zip(batch.label.shape, steps))):
-        window = tuple(slice(begin, begin + step) for begin, step in zip(corner, steps))
+    corners = itertools.product(*(range(0, extent, some) for extent, some in zip(batch.label.shape, steps)))
+    for corner in itertools.islice(corners, begin, None, step):
+        window = tuple(slice(at, at + some) for at, some in zip(corner, steps))
         label = batch.label[window].reshape(-1).double()
         counted = _counted(label, settings)
         if batch.region is not None:
@@ -75,7 +76,8 @@ def pieces(batch: Batch, settings: Settings, size: int) -> Iterator[Piece]:
         channels = (window[0], slice(None), *window[1:])
         part = batch.scores[channels]
         if settings.one_channel:
-            part = two_channels(part, input=settings.input)
+            # In float64: of a probability in half precision, 1 - p would be rounded once more.
+            part = two_channels(part.double(), input=settings.input)
         scores = part.transpose(0, 1).reshape(settings.num_classes, -1)
         yield Piece(_normalized(scores) if batch.normalize else scores, label, counted)
 
@@ -111,4 +113,5 @@ def _counted(label: Tensor, settings: Settings) -> Tensor:
 
 def _normalized(scores: Tensor) -> Tensor:
     p = scores.double()
-    return p / p.sum(0)
+    # Of negative ones only, shares would be in 0..1 too, the larger the less probable.
+    return p / p.sum(0).masked_fill(~(p.amin(0) >= 0), math.nan)

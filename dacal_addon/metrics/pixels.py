@@ -4,21 +4,23 @@ A pass over the whole array per operation would be bound by memory, and a float6
 300 MB. In pieces it is 6 MB, on a GPU 32, and costs what the arithmetic costs.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Callable, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from .grid import cell_count, cell_of
-from .pieces import COMPARES_INTO_FLOATS, Batch, Scores, blank_out, compare, pieces
+from .pieces import COMPARES_INTO_FLOATS, Batch, Piece, Scores, blank_out, compare, pieces
 from .settings import Settings
-from .totals import Totals
+from .totals import Totals, add_
 
 # Elements (classes x pixels) of a piece, whose float64 copy takes 6.4 MB. A quarter of it would fit the second-level cache of a
 # CPU's core and is no faster; but several threads then wait for each other (0.21 s an image in two threads, 0.13 s with these).
 # On a GPU launches are what counts: 19 x 1024 x 2048 in 86 pieces of 500,000 took an H100 14 ms, and the launches 105 ms (in
 # torch.profiler). With its temporaries a piece takes, by estimate, 30 bytes an element there: 120 MB.
 _ELEMENTS = {"cpu": 800_000, "cuda": 4_000_000}
+_ONE_THREAD = 32_767  # below torch's at::internal::GRAIN_SIZE
 # Pixels whose confidences are summed one by one, before the sum is added to that of all others: 268 million in one sum were
 # off by 3e-9, since each addition rounds to the last place of the whole.
 _PIXELS_IN_A_SUM = 500_000
@@ -53,14 +55,34 @@ class Scratch(NamedTuple):
 
 
 Judge = Callable[[Scores, Tensor, Tensor, Settings, Optional[Scratch]], Judged]
+Sweep = Callable[..., Tuple[float, float, bool]]
+"""Like `fused.sweep_`."""
 
 
-def count_(totals: Totals, batch: Batch, settings: Settings, compiled: Optional[Judge] = None) -> bool:
+def count_(
+    totals: Totals,
+    batch: Batch,
+    settings: Settings,
+    *,
+    compiled: Optional[Judge] = None,
+    sweep: Optional[Sweep] = None,
+) -> bool:
     """Add the pixels of a batch to `totals`, all on one device; returns whether all was well: if not, `totals` is worthless.
 
     Args:
         compiled: `judge` as torch.compile made it.
+        sweep: `fused.sweep_`, which takes the place of `judge`; the batch must be of scores, on the CPU.
     """
+    well = _sweep_all(totals, batch, settings, sweep) if sweep else _judge_all(totals, batch, settings, compiled)
+    if not well:
+        return False
+    looked_at = batch.label.numel() if batch.region is None else batch.region.sum()
+    totals.ignored.add_(looked_at - totals.pixels.sum())
+    totals.images.add_(len(batch.label))
+    return True
+
+
+def _judge_all(totals: Totals, batch: Batch, settings: Settings, compiled: Optional[Judge]) -> bool:
     device, classes = batch.label.device, settings.num_classes
     size = piece_size(settings, device)
     scratch = None
@@ -79,11 +101,28 @@ def count_(totals: Totals, batch: Batch, settings: Settings, compiled: Optional[
         if settings.classwise and isinstance(piece.scores, Tensor):
             counts = piece.counted > 0
             sums.add_classes(piece.scores[:, counts], piece.label[counts], settings)
-    if not sums.finish():
-        return False
-    looked_at = batch.label.numel() if batch.region is None else batch.region.sum()
-    totals.ignored.add_(looked_at - totals.pixels.sum())
-    totals.images.add_(len(batch.label))
+    return sums.finish()
+
+
+def _sweep_all(totals: Totals, batch: Batch, settings: Settings, sweep: Sweep) -> bool:
+    # Of so few pixels torch computes in one thread: its others, waiting for more work, would take time from the sweeps.
+    size = min(_ONE_THREAD, piece_size(settings, batch.label.device))
+    threads = min(torch.get_num_threads(), -(-batch.label.numel() // size))
+    # A thread adds to counts of its own, and always the same pieces, so that sums are the same in every run.
+    parts = [totals, *(Totals(*(field.clone() for field in totals)) for _ in range(threads - 1))]
+
+    def sweep_some(number: int) -> bool:
+        sums = _Sums(parts[number], 0)
+        some = pieces(batch, settings, size, begin=number, step=len(parts))
+        return all(sums.sweep(piece, settings, sweep) for piece in some) and sums.finish()
+
+    if len(parts) == 1:
+        return sweep_some(0)
+    with ThreadPoolExecutor(threads) as pool:
+        if not all(list(pool.map(sweep_some, range(threads)))):
+            return False
+    for part in parts[1:]:
+        add_(totals, part)
     return True
 
 
@@ -111,6 +150,26 @@ class _Sums:
         self._of_pair.scatter_add_(0, judged.pair, judged.confidence)
         self._totals.nll.add_(judged.nll)
         self._totals.brier.add_(judged.brier)
+
+    def sweep(self, piece: Piece, settings: Settings, sweep: Sweep) -> bool:
+        """Add a piece of scores, with the classes' probabilities where they count; whether all was well."""
+        self._flush(len(piece.label))
+        totals = self._totals
+        nll, brier, well = sweep(
+            piece,
+            settings,
+            allowed=tolerance(piece.scores.dtype, settings.input) if isinstance(piece.scores, Tensor) else 0.0,
+            by_cell=self._by_cell,
+            confidence=self._confidence,
+            by_pair=self._by_pair,
+            of_pair=self._of_pair,
+            class_pixels=totals.class_pixels,
+            class_hits=totals.class_hits,
+            class_confidence=self._of_class,
+        )
+        totals.nll.add_(nll)
+        totals.brier.add_(brier)
+        return well
 
     def add_classes(self, scores: Tensor, label: Tensor, settings: Settings) -> None:
         """Add the cells of every class's probability of a piece; all of (C, P) and (P,) count."""

@@ -38,7 +38,7 @@ def remarks(totals: Totals, settings: Settings, class_names: Optional[Sequence[s
             found.append(f"{len(absent)} of {len(candidates)} classes {has} no target pixel: {named}{more}.")
     if ignored > _IGNORED * (valid + ignored):
         share = 100 * ignored / (valid + ignored)
-        labels = ", ".join(map(str, settings.ignore_index))
-        zero = "0, " if settings.reduce_zero_label and 0 not in settings.ignore_index else ""
-        found.append(f"{share:.1f} % of the pixels are ignored ({ignored:,} of {valid + ignored:,}; labels {zero}{labels}).")
+        labels = [*([0] if settings.reduce_zero_label and 0 not in settings.ignore_index else []), *settings.ignore_index]
+        named = ", ".join(map(str, labels))
+        found.append(f"{share:.1f} % of the pixels are ignored ({ignored:,} of {valid + ignored:,}; labels {named}).")
     return found

@@ -4,10 +4,9 @@ import warnings
 from typing import NamedTuple, Optional, Tuple
 
 from .._check import as_whole, check_choice, problem
-from ..ignoring import IgnoreIndex, ignored_labels
+from ..ignoring import USUAL, IgnoreIndex, ignored_labels, ignored_or_255, usual_is_class
 
 INPUTS = ("logits", "probs", "log_probs", "top1")
-_USUAL = 255
 # The confusion matrix has the square of it.
 _MOST_CLASSES = 4096
 _MOST_BINS = 10_000
@@ -84,14 +83,12 @@ def check_settings(
         remedy = "leave it out: a pair (confidence, predicted class) has no channels"
         raise problem(name, expected="channels_last=False with input='top1'", got="True", remedy=remedy)
     first = 1 if reduce_zero_label else 0
-    if ignore_index is not None:
-        ignored = ignored_labels(name, ignore_index)
-    elif first + num_classes <= _USUAL:
-        ignored = (_USUAL,)
+    if ignore_index is not None or not usual_is_class(num_classes, first_label=first):
+        ignored = ignored_labels(name, ignored_or_255(name, ignore_index))
     else:
         ignored = ()
         warnings.warn(
-            f"{name}: {_USUAL} is a class here, of {num_classes}, and counts; pass ignore_index, the label that does not.",
+            f"{name}: {USUAL} is a class here, of {num_classes}, and counts; pass ignore_index, the label that does not.",
             UserWarning,
             stacklevel=3,
         )

@@ -45,7 +45,11 @@ class CalibrationStats(Counting):
         per_image: keep the counts of every image, for `bootstrap` and image means: those that are not zero, at most 180 KB
             with the defaults and 12 bytes a pair of classes that occurs. An image is a volume where there are three dimensions.
         device: of the counts; pixels are judged on the device they are on.
-        compile: judge pixels with `torch.compile` (torch >= 2.0 and, on a CPU, a C++ compiler; some seconds at the first call).
+        backend: what judges pixels. "torch": its operations. "numba": a sweep in compiled code, three times faster, for scores
+            on the CPU (extra `fast`; ten seconds at its very first call). "compile": `torch.compile` (torch >= 2.0 and, on a
+            CPU, a C++ compiler; some seconds in each process). None: "numba" for batches of 4 million scores and more where it
+            is installed, "torch" otherwise. All count the same, to the last places of float64 sums;
+            `judged_by` tells which one did.
         one_channel: `update` gets one sigmoid channel, (N, 1, *S) logits or probabilities of class 1; `num_classes` is 2.
         channels_last: `update` gets (N, *S, C).
         reduce_zero_label: label 0 does not count and label k is class k - 1, as ADE20K's annotations are; `ignore_index` speaks
@@ -59,7 +63,7 @@ class CalibrationStats(Counting):
     Raises:
         ValueError: a number outside its range, or settings that do not go together.
         UserWarning (a warning): class 255 counts, since nothing was said of it.
-        RuntimeError: `compile` without `torch.compile`.
+        RuntimeError: a backend that is not to be had.
 
     Example:
         >>> stats = CalibrationStats(2, input="probs", n_bins=2)
@@ -297,8 +301,8 @@ class CalibrationStats(Counting):
         order, `b.bootstrap(...).samples - a.bootstrap(...).samples` are paired differences.
 
         Args:
-            metric: the name of a method, in `catalogue`, called with `options`; a list of names, all computed on the same
-                draws; or a function of a `CalibrationStats`, which has every draw counted out for it and takes longer.
+            metric: the name of a method, in `catalogue` and not class-wise, called with `options`; a list of names, all of them
+                computed on the same draws; or a function of a `CalibrationStats`, which has every draw counted out: slower.
             replicates: how many draws of as many images as there are.
             level: the share of the draws inside the interval.
             generator: of the draws, on the CPU; by default one with seed 0, so that the interval is reproducible.
