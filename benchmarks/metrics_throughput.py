@@ -93,17 +93,20 @@ def netcal(device: torch.device) -> Metric:
 
 
 METRICS: Dict[str, Tuple[Callable[[torch.device], Metric], str]] = {
-    "CalibrationStats": (ours(), ""),
-    "CalibrationStats, compile=True": (ours(compile=True), ""),
-    "CalibrationStats, per_image=True": (ours(per_image=True), ""),
-    "CalibrationStats, classwise=True": (ours(classwise=True), ""),
+    "CalibrationStats, torch": (ours(backend="torch"), ""),
+    "CalibrationStats, compile": (ours(backend="compile"), ""),
+    "CalibrationStats, torch, classwise": (ours(backend="torch", classwise=True), ""),
+    "CalibrationStats, numba": (ours(backend="numba"), "numba"),
+    "CalibrationStats, numba, per_image": (ours(backend="numba", per_image=True), "numba"),
+    "CalibrationStats, numba, classwise": (ours(backend="numba", classwise=True), "numba"),
     "torchmetrics": (torchmetrics, "torchmetrics"),
     "torch-uncertainty": (torch_uncertainty, "torch_uncertainty"),
     "MONAI": (monai, "monai"),
     "netcal": (netcal, "netcal"),
 }
+PLAIN = ("CalibrationStats, torch", "CalibrationStats, numba")
 # Images. The others keep what they get, up to 150 MB an image.
-MEMORY_AFTER = {name: (8, 64) if not module or name == "torchmetrics" else (8,) for name, (_, module) in METRICS.items()}
+MEMORY_AFTER = {name: (8, 64) if name.startswith(("Calib", "torchm")) else (8,) for name in METRICS}
 
 
 def version(module: str) -> Optional[str]:
@@ -184,12 +187,13 @@ def main() -> None:
         return
 
     versions = {name: version(module) for name, (_, module) in METRICS.items() if module}
-    names = [name for name, (_, module) in METRICS.items() if not module or versions[name]]
+    swept = device.type == "cpu"  # elsewhere torch judges
+    names = [name for name, (_, module) in METRICS.items() if (not module or versions[name]) and (swept or module != "numba")]
     x, label = images(*size, device, torch.float32)
     works: Dict[str, Callable[[], object]] = {"one read: amax": lambda: x.amax(1)}
     works.update({name: one_image(METRICS[name][0], x, label) for name in names})
     halves = x.half()
-    works["CalibrationStats, float16 logits"] = one_image(METRICS["CalibrationStats"][0], halves, label)
+    works.update({f"{name}, float16 logits": one_image(METRICS[name][0], halves, label) for name in names if name in PLAIN})
     times: Dict[str, List[float]] = {name: [] for name in works}
     for run in range(options.runs + 1):
         for name, work in works.items():

@@ -1,0 +1,62 @@
+"""What judges pixels: torch's operations, the same compiled, or the sweep of `fused`."""
+
+import functools
+from importlib.util import find_spec
+from typing import Any, Dict, Optional
+
+import torch
+from torch import Tensor
+
+from .._check import check_choice, problem
+from .pieces import Batch
+from .pixels import judge
+
+BACKENDS = ("numba", "torch", "compile")
+# Scores from which on the sweep is worth a second for loading it, and at the first time ten for compiling it.
+_WORTH_LOADING = 4_000_000
+
+
+def check_backend(function: str, backend: Optional[str]) -> None:
+    """`ValueError` unless it is one of `BACKENDS` or None, `RuntimeError` if it is not to be had here."""
+    if backend is None:
+        return
+    check_choice(function, "backend", backend, BACKENDS)
+    if backend == "numba" and not _has_numba():
+        remedy = "pip install 'dacal-addon[fast]', or pass backend='torch'"
+        raise problem(function, expected="numba with backend='numba'", got="none", remedy=remedy, error=RuntimeError)
+    if backend == "compile" and not hasattr(torch, "compile"):
+        remedy, got = "pass backend='torch', or use torch >= 2.0", f"torch {torch.__version__}"
+        raise problem(function, expected="torch.compile with backend='compile'", got=got, remedy=remedy, error=RuntimeError)
+
+
+def backend_for(batch: Batch, backend: Optional[str]) -> str:
+    """Which one judges the batch: the sweep takes scores on the CPU alone, and by itself large batches.
+
+    Example:
+        >>> backend_for(Batch(torch.zeros(1, 2, 4), torch.zeros(1, 4), None), None)
+        'torch'
+    """
+    if backend == "compile":
+        return backend
+    swept = isinstance(batch.scores, Tensor) and batch.label.device.type == "cpu" and _has_numba()
+    wanted = backend == "numba" or (backend is None and isinstance(batch.scores, Tensor) and _large(batch.scores))
+    return "numba" if swept and wanted else "torch"
+
+
+@functools.lru_cache(maxsize=None)
+def functions_of(backend: str) -> Dict[str, Any]:
+    """What `count_` is told for it."""
+    if backend == "numba":
+        from .fused import sweep_  # here: numba is an extra, and takes a while to load
+
+        return {"sweep": sweep_}
+    return {"compiled": torch.compile(judge)} if backend == "compile" else {}
+
+
+def _large(scores: Tensor) -> bool:
+    return scores.numel() >= _WORTH_LOADING
+
+
+@functools.lru_cache(maxsize=None)
+def _has_numba() -> bool:
+    return find_spec("numba") is not None
