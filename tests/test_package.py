@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import dacal_addon
+from dacal_addon import cli
 from dacal_addon.calibrate import folded_temperature
 from dacal_addon.engines import ENGINES
 from dacal_addon.integrations.options import HostOptions, parse
@@ -257,3 +259,31 @@ def test_the_benchmark_of_the_metrics_runs(tmp_path):
         assert re.search(rf"^{name} +\d+\.\d\d +\d+\.\d$", output, re.MULTILINE), output
     assert len(json.loads((tmp_path / "metrics_throughput.json").read_text())["rows"]) >= 11
     assert 0 <= int(python("benchmarks/metrics_throughput.py", *size, "--peak-of", "CalibrationStats, torch", "3")) < 50e6
+
+
+def test_commands_of_several_threads_begin_again_with_threads_that_sleep(monkeypatch):
+    begun = []
+
+    def execv(*arguments):
+        begun.append(arguments)
+        raise SystemExit
+
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it is put back
+    for command, again in (("demo", True), ("calibrate", True), ("evaluate", False)):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        monkeypatch.setattr(
+            sys, "argv", ["dacal", command, "a", "b"] if command != "demo" else ["dacal", "demo", "--seed", "1"]
+        )
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert ("OMP_WAIT_POLICY" in os.environ) == again
+    assert [words[1:3] + words[3:4] for _, words in begun] == [
+        ["-m", "dacal_addon", "demo"],
+        ["-m", "dacal_addon", "calibrate"],
+    ]
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # as the user says
+    monkeypatch.setattr(cli, "_demo", lambda options: 0)
+    monkeypatch.setattr(sys, "argv", ["dacal", "demo"])
+    assert cli.main() == 0
+    assert len(begun) == 2
