@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # A plain `torch` would bring gigabytes of CUDA libraries; set TORCH to the build you want.
 TORCH ?= torch==2.13.0
+# Test processes, of one thread each: those of several threads wait for each other by spinning, and slow each other down.
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 LEGACY_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.8.*/bin/python3.8) $(shell command -v python3.8 2>/dev/null))
 BIN := .venv/bin
 LEGACY := .venv-legacy/bin
@@ -13,7 +15,7 @@ demo: .venv/ready
 	$(BIN)/dacal demo $(ARGS)
 
 test: check
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(WORKERS)
 
 check: .venv/ready
 	$(BIN)/ruff check .
@@ -22,7 +24,7 @@ check: .venv/ready
 
 # DAFormer's, HRDA's and MIC's own environment: Python 3.8 and torch 1.7.1.
 test-legacy: .venv-legacy/ready
-	$(LEGACY)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(LEGACY)/python -m pytest -q --numprocesses $(WORKERS)
 
 # The integration in the real trainers: make upstream DAFORMER=path HRDA=path MIC=path, each where there is one. Their environment
 # is built unless HOST_PYTHON names the interpreter of another, for example of the official one (examples/mmseg/README.md).

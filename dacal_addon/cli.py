@@ -129,6 +129,11 @@ def _add_evaluate(commands: Any) -> None:
     )
     evaluate.add_argument("--out", type=Path, default=Path("evaluate-out"), help="folder of the report (%(default)s)")
     evaluate.add_argument("--keep-going", action="store_true", help="skip bad files, and say which and why")
+    evaluate.add_argument(
+        "--trust",
+        action="store_true",
+        help="go on where labels look shifted, or like masks of 0 and 255, or logits like probabilities",
+    )
     evaluate.add_argument("--jobs", type=_at_least(1), default=0, help="images at a time; default: as many as cores")
 
 
@@ -187,7 +192,6 @@ def _add_labels(evaluate: Any) -> None:
         "--reduce-zero-label; with --label-map or --palette a training id. Repeat it for several",
     )
     what.add_argument("--class-names", metavar="NAME_OR_FILE", help="a text file, one name a line; or the name of a label map")
-    what.add_argument("--trust-labels", action="store_true", help="go on where labels look shifted, or like masks of 0 and 255")
 
 
 def _add_files(evaluate: Any) -> None:

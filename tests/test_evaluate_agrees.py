@@ -35,7 +35,7 @@ def save(folder, scores, label):
 
 
 def judged(folder, kind="logits", classes=C, **given):
-    options = EvaluateOptions(folder / "p", folder / "l", classes, input=kind, jobs=1, trust_labels=True, **given)
+    options = EvaluateOptions(folder / "p", folder / "l", classes, input=kind, jobs=1, trust=True, **given)
     return judge_all(make_plan(options), options)
 
 

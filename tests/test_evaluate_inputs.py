@@ -188,7 +188,7 @@ def test_labels_are_the_numbers_of_the_file(tmp_path, way):
 
 def test_labels_in_jpeg_are_taken_with_a_remark_and_pictures_beside_labels_are_not(tmp_path):
     target = np.full((8, 8), 2, "uint8")
-    npy(tmp_path / "p/a.npy", np.stack([target == c for c in range(C)]).astype("f4"))
+    npy(tmp_path / "p/a.npy", 9 * np.stack([target == c for c in range(C)]).astype("f4"))
     png(tmp_path / "l/a.jpg", target, quality=100)
     found = judged(tmp_path)
     assert found.stats.accuracy() == 1.0
@@ -232,7 +232,7 @@ def test_labels_that_cannot_be(tmp_path):
     assert "PIL's mode F" in bad_label(tmp_path, image(np.zeros((2, 2), "f4"), "tif"))
     pages = [Image.fromarray(np.zeros((2, 2), "uint8"))]
     pages_of = image(np.zeros((2, 2), "uint8"), "tif", save_all=True, append_images=pages)
-    assert "got 2 pages; save one file an image" in bad_label(tmp_path, pages_of)
+    assert "got 2 pages; save one file an image, or the volume as .npy" in bad_label(tmp_path, pages_of)
     (tmp_path / "b.tif").write_bytes(b"II*\0nothing")
     assert "truncated" in bad_label(tmp_path, lambda folder: folder / "b.tif")
     (tmp_path / "in").mkdir()
@@ -313,11 +313,11 @@ def test_masks_of_0_and_255(tmp_path):
     png(tmp_path / "l/a.png", (foreground * 255).astype("uint8"))
     said = refused(tmp_path, 2)
     assert "no pixel is of class 1, and 32 are ignored: for masks of 0 and 255 pass --label-map binary" in said
-    assert "--trust-labels" in said
+    assert "--trust" in said
     found = judged(tmp_path, 2, label_map="binary")
     assert (found.stats.pixels, found.stats.accuracy()) == (64, 0.5)
     assert found.class_names == ["background", "foreground"]
-    assert judged(tmp_path, 2, trust_labels=True).stats.pixels == 32
+    assert judged(tmp_path, 2, trust=True).stats.pixels == 32
     assert "for masks of 0 and 255 pass --label-map binary" in refused(tmp_path, 2, ignore_index=(7,))
     png(tmp_path / "l/a.png", foreground.astype("uint8") + 254 * (np.arange(8) == 7).astype("uint8"))
     assert judged(tmp_path, 2).stats.pixels == 56
@@ -342,7 +342,7 @@ def test_masks_of_one_bit(tmp_path, way, told):
         assert (tmp_path / "l/a.png").read_bytes()[24:26] == bytes([1, 3])
     else:
         Image.fromarray(mask).save(tmp_path / f"l/a.{'tif' if way == 'TIFF' else 'png'}")
-    npy(tmp_path / "p/a.npy", np.stack([~mask, mask]).astype("f4"))
+    npy(tmp_path / "p/a.npy", 9 * np.stack([~mask, mask]).astype("f4"))
     if "own.json" in told.values():
         (tmp_path / "own.json").write_text('{"0": 0, "255": 1}')
         told = {"label_map": str(tmp_path / "own.json")}
@@ -366,7 +366,7 @@ def test_labels_that_begin_with_1(tmp_path):
     for told in ({"reduce_zero_label": True}, {"label_map": "ade20k"}):
         found = judged(tmp_path, 150, **told)
         assert (found.stats.accuracy(), found.stats.pixels) == (1.0, int((raw > 0).sum()))
-    assert judged(tmp_path, 150, trust_labels=True).stats.accuracy() < 0.02
+    assert judged(tmp_path, 150, trust=True).stats.accuracy() < 0.02
     # And the other way round: shifted though 0 is a class.
     png(tmp_path / "l/a.png", np.maximum(raw - 1, 0).astype("uint8"))
     assert judged(tmp_path, 150).stats.accuracy() == 1.0
@@ -384,7 +384,7 @@ def test_a_network_that_is_half_right_gives_a_remark(tmp_path):
     found = judged(tmp_path, 150)
     assert len(found.remarks) == 1
     assert "labels look shifted by one" in found.remarks[0]
-    assert judged(tmp_path, 150, trust_labels=True).remarks == []
+    assert judged(tmp_path, 150, trust=True).remarks == []
     assert raw.shape == (16, 16)
 
 
@@ -480,10 +480,10 @@ def test_frames_of_sequences_are_told_apart_by_their_folders(places):
     assert all(path is None or by_hand[one] == path for one, path in paired.items())
 
 
-@given(st.text("abv_.12", min_size=1), st.sampled_from(["", ".png", ".NPY", ".tiff", ".pt"]))
+@given(st.text("abv_.12", min_size=1), st.sampled_from(["", ".png", ".PNG", ".NPY", ".tiff", ".pt"]))
 def test_a_suffix_may_have_dots_of_its_own(suffix, ending):
     path = Path(f"name{suffix}.png")
-    assert matching.ends_in(path, [suffix + ending])
+    assert matching.ends_in(path, [suffix + ending]) == (ending in ("", ".png", ".PNG"))
     assert matching._without(path.stem, [suffix + ending]) == "name"
 
 

@@ -604,8 +604,34 @@ def test_rounded_probabilities_are_normalised_on_request():
         with pytest.raises(ValueError, match=f"got {named}; neither can be divided by its sum"):
             stats.update(rounded, target, normalize=True)
     rounded[0, 2, 3, 3] = math.nan
-    with pytest.raises(ValueError, match="got NaN; look for a division by zero"):
+    with pytest.raises(ValueError, match=r"got NaN in image 0 at \(3, 3\); look for a division by zero"):
         stats.update(rounded, target, normalize=True)
+
+
+@pytest.mark.parametrize("kind", ["logits", "probs", "log_probs", "top1"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_found_where_it_is(kind, value):
+    """The first in the order of the arrays, of those that count, whatever the pieces are that are judged at once."""
+    z, target = predictions(4, (3, 5, 6, 70), dtype=torch.float32, ignored=0.1)
+    stats = CalibrationStats(5, input=kind)
+    p = z.softmax(1)
+    x = {"logits": z, "probs": p, "log_probs": p.log(), "top1": p.amax(1)}[kind].clone()
+    region = torch.ones(target.shape, dtype=torch.bool)
+    for image, row, column in ((2, 0, 0), (1, 5, 3), (1, 2, 69), (1, 2, 68), (0, 4, 4), (0, 3, 3)):
+        target[image, row, column] = 1
+        x[(image, row, column) if kind == "top1" else (image, 3, row, column)] = value
+    target[0, 3, 3], region[0, 4, 4] = 255, False
+    given = (x, target) if kind == "top1" else x
+    named = "NaN" if value != value else "infinity"
+    told = rf"got {named} in image 1 at \(2, 68\); "
+    if named == "infinity" and kind != "logits":
+        told = "got inf; divide" if kind == "top1" else "got sums off by up to inf"
+    with pytest.raises(ValueError, match=told):
+        stats.update(given, target, region)
+    assert stats.pixels == 0
+    one = (x[1:2], target[1:2]) if kind == "top1" else x[1:2]
+    with pytest.raises(ValueError, match=told.replace(" in image 1", "")):
+        stats.update(one, target[1:2])
 
 
 def test_logarithms_are_no_probabilities_that_could_be_normalised():
@@ -877,9 +903,13 @@ def test_state_survives_saving_and_forgets_on_reset():
 
 
 BAD = {
-    "nan": (lambda z, y: (_put(z, math.nan), y), ValueError, "update: expected x: logits below infinity, .* got NaN; look"),
+    "nan": (
+        lambda z, y: (_put(z, math.nan), y),
+        ValueError,
+        r"update: expected x: logits below infinity, .* got NaN( in image 1)? at \(2, 2\); look",
+    ),
     "inf": (lambda z, y: (_put(z, math.inf), y), ValueError, "got infinity"),
-    "-inf": (lambda z, y: (_all_masked(z), y), ValueError, "one of them finite, got only -infinity"),
+    "-inf": (lambda z, y: (_all_masked(z), y), ValueError, r"finite, got only -infinity( in image 1)? at \(2, 2\)"),
     "classes last": (
         lambda z, y: (z.permute(0, 2, 3, 1), y),
         ValueError,

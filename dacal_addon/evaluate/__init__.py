@@ -6,7 +6,7 @@ The files, in the order of the data; none imports one from a later line:
   data sets), `label_maps` (numbers or colours to classes), `shapes` (layouts), `matching` (which file belongs to which)
 - `labels`, `predictions` (one of either)
 - `options`, `wording` (the package's errors in the command's words), `plan` (what is asked for, and whether it can be done)
-- `doubts` (labels that mean something else), `judging` (all images, through `CalibrationStats`), `compare` (several networks)
+- `doubts` (labels or logits that are none), `judging` (all images, through `CalibrationStats`), `compare` (several networks)
 - `report` (what was found: numbers), `pictures`, `worst`, `worst_picture`
 - `tables`, `page`, `markdown`, `spreadsheet`, `written` (the files of a report)
 - `command` (all of it, and how it went)

@@ -23,7 +23,10 @@ def evaluate(options: EvaluateOptions, *, command: Sequence[str] = ()) -> int:
     """Run the command; returns its exit code. `command`: its words, for the report."""
     threads = torch.get_num_threads()
     try:
-        networks = plan_networks(options)
+        try:
+            networks = plan_networks(options)
+        except ValueError as error:  # of the arguments; a later one is nobody's fault but this package's
+            return _complain(error, WRONG_USE)
         photographs = find_photographs(options, networks[0])
         _writing(options, lambda: options.out.mkdir(parents=True, exist_ok=True))
         found = [draw(network, results) for network, results in zip(networks, judge_networks(networks))]
@@ -35,8 +38,6 @@ def evaluate(options: EvaluateOptions, *, command: Sequence[str] = ()) -> int:
         written = _writing(options, lambda: write(options.out, report, light, dark))
     except BadFile as error:
         return _complain(error, BAD)
-    except ValueError as error:
-        return _complain(error, WRONG_USE)
     except KeyboardInterrupt:
         return _complain("interrupted", INTERRUPTED)
     finally:

@@ -1,12 +1,17 @@
-"""What the counts of a whole set tell about its labels: shifted by one, or a mask whose foreground was ignored."""
+"""What a whole set tells about its labels, shifted by one, or a mask whose foreground was ignored; and about its logits."""
 
 from typing import List, NamedTuple, Optional
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .predictions import Prediction
+
 # A network that predicts one class everywhere agrees with the neighbours of one class, and of no other.
 _FEWEST_CLASSES = 3
+# How far from 1 probabilities may sum.
+_ROUNDED = 1e-3
 
 
 class Doubt(NamedTuple):
@@ -68,3 +73,28 @@ def label_doubts(confusion: Tensor, ignored_pixels: int, *, reduced: bool, mappe
         return []
     found = [shifted(confusion, reduced=reduced), foreground_ignored(confusion.sum(1), ignored_pixels)]
     return [doubt for doubt in found if doubt is not None]
+
+
+def like_probabilities(scores: Prediction, counted: np.ndarray) -> bool:
+    """Whether scores, (1, C, *S), are >= 0 and sum to 1 (within 1e-3) at every pixel that counts, (1, *S) bool: logits do not.
+
+    Example:
+        >>> like_probabilities(np.array([[[0.2, 5.0], [0.8, 0.0]]]), np.array([[True, False]]))
+        True
+        >>> like_probabilities(np.array([[[0.2, 5.0], [0.8, 0.0]]]), np.array([[True, True]]))
+        False
+    """
+    if isinstance(scores, tuple):
+        return False
+    values, counts = torch.as_tensor(scores)[0], torch.from_numpy(counted)[0]
+    for row in range(len(counts)):  # of logits, the first one tells nearly always
+        p = values[:, row].float()
+        fits = ((p.sum(0) - 1).abs() <= _ROUNDED) & (p >= 0).all(0)
+        if not bool((fits | ~counts[row]).all()):
+            return False
+    return True
+
+
+def probabilities() -> str:
+    """What such logits are, and what to do."""
+    return "logits are >= 0 and sum to 1 at every pixel, as probabilities do: pass --input probs if they are"

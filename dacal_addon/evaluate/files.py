@@ -1,6 +1,7 @@
 """Which files there are, and the error that names a bad one."""
 
 import os
+import unicodedata
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Dict, List, NamedTuple, Sequence, Set
 
@@ -125,10 +126,15 @@ def read_text(path: Path, expected: str) -> str:
 
 
 def shown(text: object) -> str:
-    """A name for a terminal: control characters, which could move the cursor, and broken bytes are spelt out.
+    """A text for a terminal: control characters, which could move the cursor, and broken bytes are spelt out; spaces, also
+    narrow ones, are not.
 
     Example:
         >>> print(shown("a" + chr(27) + "[2Jb.npy"))
         a\\x1b[2Jb.npy
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in str(text))
+    return "".join(c if _harmless(c) else c.encode("unicode_escape", "backslashreplace").decode() for c in str(text))
+
+
+def _harmless(c: str) -> bool:
+    return c.isprintable() or unicodedata.category(c) == "Zs"  # of spaces, Python calls the plain one alone printable

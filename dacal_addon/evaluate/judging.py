@@ -1,6 +1,7 @@
 """All images of an evaluation, several at a time, through `CalibrationStats`."""
 
 import os
+import re
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +13,7 @@ import torch
 
 from ..metrics import CalibrationStats, boundary_mask
 from ..progress import Progress
-from .doubts import label_doubts
+from .doubts import label_doubts, like_probabilities, probabilities
 from .files import BadFile, first_line
 from .images import JPEG
 from .labels import read_label
@@ -23,6 +24,8 @@ from .shapes import Shape
 from .wording import as_options
 
 _Result = TypeVar("_Result")
+# How errors begin that `_check.problem` makes: of `CalibrationStats.update`, of `resized_scores`, of `two_channels`.
+_CHECKS = re.compile("(update|evaluate|two_channels): expected ")
 
 
 class ImageRow(NamedTuple):
@@ -58,6 +61,7 @@ class _Judged(NamedTuple):
     row: ImageRow
     stats: CalibrationStats
     boundary: Optional[CalibrationStats]
+    like_probabilities: bool
     reading_seconds: float
     judging_seconds: float
 
@@ -69,6 +73,7 @@ class _Sums:
         self.total = new_stats(plan, options)
         self.near = new_stats(plan, options) if options.boundary else None
         self.rows: List[ImageRow] = []
+        self.like_probabilities = True
         self.reading = self.judging = 0.0
 
     def add(self, judged: _Judged) -> None:
@@ -77,6 +82,7 @@ class _Sums:
         if self.near is not None and judged.boundary is not None:
             self.near.merge(judged.boundary)
         self.rows.append(judged.row)
+        self.like_probabilities &= judged.like_probabilities
         self.reading += judged.reading_seconds
         self.judging += judged.judging_seconds
 
@@ -92,7 +98,7 @@ def judge_together(networks: Sequence[Tuple[Plan, EvaluateOptions]]) -> List[Res
     An image that is bad in one of them is left out of all. Their options differ in `predictions` alone.
 
     Raises:
-        BadFile: the first bad file, unless `keep_going`; labels that plainly mean something else, unless `trust_labels`.
+        BadFile: the first bad file, unless `keep_going`; labels or logits that plainly are something else, unless `trust`.
     """
     options = networks[0][1]
     sums = [_Sums(*network) for network in networks]
@@ -131,22 +137,25 @@ def judge_together(networks: Sequence[Tuple[Plan, EvaluateOptions]]) -> List[Res
     busy = sum(own.reading + own.judging for own in sums)
     results = []
     for (plan, its), own in zip(networks, sums):
-        remarks = plan.remarks + _doubts(own.total, plan, its)
+        remarks = plan.remarks + _doubts(own, plan, its)
         share = (own.reading + own.judging) / busy if busy else 1 / len(sums)
         times = seconds * share, own.reading, own.judging
         results.append(Results(own.total, own.near, own.rows, skipped, plan.class_names, remarks, *times, jobs))
     return results
 
 
-def _doubts(total: CalibrationStats, plan: Plan, options: EvaluateOptions) -> List[str]:
-    if options.trust_labels:
+def _doubts(sums: _Sums, plan: Plan, options: EvaluateOptions) -> List[str]:
+    if options.trust:
         return []
+    total = sums.total
+    if sums.like_probabilities and total.pixels and plan.input == "logits":
+        raise BadFile(options.predictions, f"{probabilities()}; or --trust if they are logits")
     mapped = plan.label_kind.map is not None
     found = label_doubts(total.confusion(), total.ignored_pixels, reduced=options.reduce_zero_label, mapped=mapped)
     for doubt in found:
         if doubt.plain:
-            raise BadFile(options.labels, f"{doubt.what}; or --trust-labels if they are meant as they are")
-    return [f"{doubt.what}; --trust-labels says that they are meant as they are" for doubt in found]
+            raise BadFile(options.labels, f"{doubt.what}; or --trust if they are meant as they are")
+    return [f"{doubt.what}; --trust says that they are meant as they are" for doubt in found]
 
 
 def read_image(name: str, plan: Plan, options: EvaluateOptions) -> Tuple[Prediction, np.ndarray]:
@@ -167,7 +176,7 @@ def read_image(name: str, plan: Plan, options: EvaluateOptions) -> Tuple[Predict
     counted = ~np.isin(label, kind.uncounted)
     _check_classes(label_path, label[counted], plan, options)
     low = options.upsample is not None
-    shape = Shape(options.num_classes, label.shape, options.one_channel, options.channels_last, low, one_slice)
+    shape = Shape(options.num_classes, label.shape, options.one_channel, options.channels_last, low, one_slice, label_path)
     folder = options.predictions if options.predictions.is_dir() else options.predictions.parent
     prediction_kind = plan.prediction_kind
     found = _guarded(path, lambda: read_prediction(path, folder=folder, shape=shape, kind=prediction_kind, counted=counted))
@@ -211,21 +220,32 @@ def _judge(name: str, plan: Plan, options: EvaluateOptions) -> _Judged:
     prediction, label = read_image(name, plan, options)
     path = plan.predictions[name]
     read = time.perf_counter()
+    ignored = plan.label_kind.uncounted
     stats = new_stats(plan, options)
     near = new_stats(plan, options) if options.boundary else None
     _guarded(path, lambda: stats.update(prediction, label, normalize=options.normalize))
     if near is not None:
-        region = boundary_mask(label, options.boundary, ignore_index=plan.label_kind.uncounted)
+        region = boundary_mask(label, options.boundary, ignore_index=ignored)
         _guarded(path, lambda: near.update(prediction, label, region, normalize=options.normalize))
+    like = plan.input == "logits" and not options.trust and like_probabilities(prediction, ~np.isin(label, ignored))
     row = ImageRow(name, stats.pixels, stats.accuracy(), stats.mean_confidence(), stats.ece(), stats.miou())
-    return _Judged(row, stats, near, read - begun, time.perf_counter() - read)
+    return _Judged(row, stats, near, like, read - begun, time.perf_counter() - read)
 
 
 def _guarded(path: Path, work: Callable[[], _Result]) -> _Result:
-    """The result, or a `BadFile` that names the file: whatever it makes fail, the other files can still be evaluated."""
+    """The result, or a `BadFile` that names the file for what it is to blame for: the other files can still be evaluated."""
     try:
         return work()
-    except BadFile:
-        raise
     except Exception as error:
+        if not _of_file(error):
+            raise
         raise BadFile(path, as_options(first_line(error))) from error
+
+
+def _of_file(error: Exception) -> bool:
+    """Whether a file can have made it: reading failed, it takes too much memory, or a check of what was read speaks."""
+    if isinstance(error, RuntimeError):
+        return bool(re.search("alloc.*memory|not enough memory", str(error)))  # torch's own kind of MemoryError
+    if isinstance(error, (ValueError, TypeError)):
+        return bool(_CHECKS.match(str(error)))
+    return isinstance(error, (OSError, MemoryError, OverflowError))

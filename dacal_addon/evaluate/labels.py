@@ -9,7 +9,7 @@ from .arrays import read_npy
 from .files import BadFile, Listed, inside, listed, read_text
 from .images import JPEG, MOST_PIXELS, read_colours, read_numbers
 from .label_maps import LabelMap
-from .matching import ends_in
+from .matching import ends_in, of_names
 from .sets import SETS, known_set, no_such_set
 
 ENDINGS = (".png", ".tif", ".tiff", ".npy", *JPEG)
@@ -46,9 +46,10 @@ def find_labels(
 ) -> Tuple[Listed, List[str]]:
     """The label files below a folder, and what to remark on them.
 
-    With `suffixes`, those alone whose names end so. Else, where some are called ..._labelTrainIds.png as in Cityscapes (with a
-    label map or more than 19 classes ..._labelIds.png, with a palette ..._color.png), those alone: other kinds of images lie
-    beside them. Where there are labels that are not JPEG, JPEG files are left aside: pictures.
+    With `suffixes`, those alone whose names end so. Without, or with endings of files such as .png alone, where some are called
+    ..._labelTrainIds.png as in Cityscapes (with a label map or more than 19 classes ..._labelIds.png, with a palette
+    ..._color.png), those alone: other kinds of images lie beside them. Where there are labels that are not JPEG, JPEG files are
+    left aside: pictures.
 
     Raises:
         BadFile: no such folder, nothing in it.
@@ -62,7 +63,7 @@ def find_labels(
         if not paths:
             example = found.paths[0].name
             raise BadFile(folder, f"no label's name ends in {' or '.join(suffixes)}; there is, for example, {example}")
-    else:
+    if not of_names(suffixes):
         colours = kind.map is not None and kind.map.colours
         raw = kind.map is not None or kind.num_classes > _TRAINED
         for wanted in [_COLOURS] if colours else [_IDS, _TRAIN_IDS] if raw else [_TRAIN_IDS, _IDS]:

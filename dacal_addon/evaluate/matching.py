@@ -44,7 +44,7 @@ def matched(
     Args:
         folders: of the predictions and of the labels.
         prediction_suffixes, label_suffixes: endings that a name must have, one of them, and that do not count. Without any,
-            those of Cityscapes, ACDC, India Driving, BDD100K and CamVid do not count.
+            or of files alone such as .npy, those of Cityscapes, ACDC, India Driving, BDD100K and CamVid do not count.
 
     Raises:
         BadFile: two files of one image.
@@ -54,6 +54,7 @@ def matched(
         >>> matched(*files, folders=(Path("p"), Path("l"))).labels
         {'ulm_1': PosixPath('l/ulm/ulm_1_gtFine_labelTrainIds.png')}
     """
+    prediction_suffixes, label_suffixes = of_names(prediction_suffixes), of_names(label_suffixes)
     ours = {_name(path): _without(_name(path), prediction_suffixes or _OF_IMAGES) for path in predictions}
     images = set(ours.values())
 
@@ -73,15 +74,33 @@ def matched(
         if all(len(dict(side)) == len(side) for side in named):
             return Matched(dict(named[0]), dict(named[1]))
         if depth > max(len(path.parts) for paths, _, _ in sides for path in paths):
+            option = "--prediction-suffix" if _seconds(named[0]) else "--label-suffix"
             name, path, first = [*_seconds(named[0]), *_seconds(named[1])][0]
-            remedy = "move one of them elsewhere, or say which by --label-suffix or --prediction-suffix"
+            remedy = f"say with {option} how the names end that are meant"
+            if first.suffix != path.suffix:
+                remedy = f"pass {option} {first.suffix} or {option} {path.suffix}"
+            remedy += ", or move one of them elsewhere"
             raise BadFile(path, f"the second file of image {name!r}, after {first}; {remedy}")
         depth += 1
 
 
 def ends_in(path: Path, suffixes: Sequence[str]) -> bool:
-    """Whether a name has one of the endings, with or without .png or the like; for pairs, before `CONFIDENCE`."""
-    return any(_name(path).endswith(_bare(suffix)) or path.name.endswith(suffix) for suffix in suffixes)
+    """Whether a name has one of the endings, for pairs before `CONFIDENCE`. Those with .png or the like want such a file.
+
+    Example:
+        >>> [ends_in(Path("a_out.npy"), [suffix]) for suffix in ("_out", "_out.npy", ".npy", "_out.npz", ".npz")]
+        [True, True, True, False, False]
+    """
+    return any(
+        path.name.endswith(suffix)
+        or (_name(path).endswith(_bare(suffix)) and _ending(suffix).lower() in ("", path.suffix.lower()))
+        for suffix in suffixes
+    )
+
+
+def of_names(suffixes: Sequence[str]) -> List[str]:
+    """Of the endings, those that are more than .npy or the like."""
+    return [suffix for suffix in suffixes if _bare(suffix)]
 
 
 def _name(path: Path) -> str:
@@ -91,9 +110,13 @@ def _name(path: Path) -> str:
 
 def _bare(suffix: str) -> str:
     """Without .png, which people write as well."""
+    return unicodedata.normalize("NFC", suffix[: len(suffix) - len(_ending(suffix))])
+
+
+def _ending(suffix: str) -> str:
+    """.png or the like, if it has one."""
     ending = Path(f"x{suffix}").suffix
-    known = ending.lower() in (*FORMATS, *ARRAYS)
-    return unicodedata.normalize("NFC", suffix[: -len(ending)] if known else suffix)
+    return ending if ending.lower() in (*FORMATS, *ARRAYS) else ""
 
 
 def _without(name: str, suffixes: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ class EvaluateOptions(NamedTuple):
     palette: Optional[str] = None
     reduce_zero_label: bool = False
     ignore_index: Optional[Tuple[int, ...]] = None
-    trust_labels: bool = False
+    trust: bool = False
     prediction_suffix: Tuple[str, ...] = ()
     label_suffix: Tuple[str, ...] = ()
     only_labels_of_predictions: bool = False

@@ -1,7 +1,9 @@
 """Saved predictions, read suspiciously: nothing is unpickled, and nothing is allocated on the word of a header alone."""
 
 import re
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -11,13 +13,15 @@ import torch
 from .._resize import resized_scores
 from ..one_channel import two_channels
 from .arrays import ARRAYS, Accept, read_array, read_npy
-from .files import BadFile, Listed, inside, listed
-from .images import MOST_PIXELS, read_numbers
+from .files import BadFile, Listed, first_line, inside, listed
+from .images import MOST_PIXELS, read_numbers, read_shares
 from .matching import CLASS, CONFIDENCE, ends_in
 from .shapes import Shape
 
 Array = Union[np.ndarray, torch.Tensor]
 Prediction = Union[Array, Tuple[Array, Array]]
+# RuntimeError: encrypted, or packed by what this Python does not know.
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, OSError)
 
 
 class PredictionKind(NamedTuple):
@@ -32,11 +36,16 @@ class PredictionKind(NamedTuple):
 def find_predictions(source: Path, *, suffixes: Sequence[str] = (), follow_links: bool = False) -> Listed:
     """The arrays, and the confidences of pairs of PNGs, NAME_confidence.png and NAME_prediction.png.
 
+    Without arrays, also confidences that are missing beside their classes, which reading them says.
+
     Raises:
         BadFile: no such folder or list, nothing in it.
     """
     found = listed(source, [*ARRAYS, ".png"], follow_links=follow_links)
     wanted = [path for path in found.paths if path.suffix.lower() in ARRAYS or path.stem.endswith(CONFIDENCE)]
+    if not any(path.suffix.lower() in ARRAYS for path in wanted):  # beside arrays, they may be pictures of them
+        classes = [path for path in found.paths if path.stem.endswith(CLASS) and path.suffix.lower() not in ARRAYS]
+        wanted = sorted({*wanted, *(path.with_name(path.stem[: -len(CLASS)] + CONFIDENCE + path.suffix) for path in classes)})
     if not wanted:
         raise BadFile(source, f"no {', '.join(ARRAYS)}, and no pair NAME{CONFIDENCE}.png and NAME{CLASS}.png")
     if suffixes:
@@ -64,10 +73,10 @@ def read_prediction(
     Raises:
         BadFile: missing, truncated, of another shape or kind, pickled, larger than it may be.
     """
-    inside(path, folder)
     ending = path.suffix.lower()
     if ending == ".png":
         return _read_pair(path, folder, shape, kind)
+    inside(path, folder)
     if path.stat().st_size == 0:
         raise BadFile(path, "empty")
     read = {".npy": _read_npy, ".npz": _read_npz}.get(ending, _read_pt)
@@ -86,7 +95,8 @@ def read_prediction(
             scores = resized_scores("evaluate", scores, shape.size)
             if kind.input == "log_probs":  # as interpolated logits would give
                 scores = torch.log_softmax(scores, 1)
-        array = two_channels(scores, input=kind.input) if sigmoid else scores
+        # In float64, as `CalibrationStats` does: 1 - p is rounded once more otherwise.
+        array = two_channels(scores.double(), input=kind.input) if sigmoid else scores
     if wrong:  # in some pixels, which may be none that count
         nowhere = torch.isnan(torch.as_tensor(array)).any(1)[0].numpy()
         if (nowhere if counted is None else nowhere & counted).any():
@@ -134,7 +144,7 @@ def _accept(path: Path, shape: Shape, kind: PredictionKind) -> Accept:
 
 def _check_kind(path: Path, letter: str, size: int, name: str, got: Sequence[int], kind: PredictionKind) -> None:
     """`letter`: "f" floating, "u" unsigned, as numpy has it."""
-    if letter == "f" and size <= 8:
+    if letter == "f" and 2 <= size <= 8:
         return
     if letter == "u" and size <= 2:
         if kind.input == "probs":
@@ -153,7 +163,7 @@ def _read_npy(path: Path, shape: Shape, kind: PredictionKind) -> Array:
 
 def _read_npz(path: Path, shape: Shape, kind: PredictionKind) -> Array:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _archive(path) as archive:
             members = archive.infolist()
             entries = {re.sub(r"\.npy$", "", entry.filename): entry for entry in members}
             if len(entries) < len(members):
@@ -164,8 +174,19 @@ def _read_npz(path: Path, shape: Shape, kind: PredictionKind) -> Array:
                 raise BadFile(path, "compressed in a way that numpy does not use; save it with np.savez_compressed")
             with archive.open(entry) as file:
                 return read_array(path, file, entry.file_size, _accept(path, shape, kind))
-    except zipfile.BadZipFile as error:
-        raise BadFile(path, f"not an archive that can be read, truncated? ({error})") from error
+    except _UNREADABLE as error:
+        raise _no_archive(path, error) from error
+
+
+def _archive(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except Exception as error:  # of many kinds, for what a damaged file can be
+        raise _no_archive(path, error) from error
+
+
+def _no_archive(path: Path, error: Exception) -> BadFile:
+    return BadFile(path, f"not an archive that can be read, truncated? ({first_line(error)})")
 
 
 def _read_pt(path: Path, shape: Shape, kind: PredictionKind) -> Array:
@@ -174,7 +195,7 @@ def _read_pt(path: Path, shape: Shape, kind: PredictionKind) -> Array:
     if version < (2, 6):
         raise BadFile(path, f"torch {torch.__version__} cannot load it safely; save .npy, or use torch >= 2.6")
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
+        with _archive(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
         if size > shape.most_bytes:
             remedy = "of a part of a tensor save a copy, x.clone(): torch saves the whole otherwise"
@@ -202,16 +223,18 @@ def _read_pt(path: Path, shape: Shape, kind: PredictionKind) -> Array:
 
 def _read_pair(path: Path, folder: Path, shape: Shape, kind: PredictionKind) -> Tuple[Array, Array]:
     partner = path.with_name(path.stem[: -len(CONFIDENCE)] + CLASS + path.suffix)
-    if not partner.exists():
-        raise BadFile(path, f"no {partner.name} beside it; confidences go in pairs with predicted classes")
+    for here, other in ((path, partner), (partner, path)):
+        if not other.exists():
+            raise BadFile(here, f"no {other.name} beside it; confidences go in pairs with predicted classes")
+    inside(path, folder)
     inside(partner, folder)
-    confidence = read_numbers(path, max_pixels=kind.max_pixels)
+    confidence = read_shares(path, max_pixels=kind.max_pixels)
     prediction = read_numbers(partner, palette=True, max_pixels=kind.max_pixels)
     for one, file in ((confidence, path), (prediction, partner)):
         if one.shape != shape.size:
-            raise BadFile(file, f"expected an image {shape.size} (height, width) as its label is, got {one.shape}")
-    most = 1.0 if confidence.dtype == bool else 255.0 if confidence.dtype == np.uint8 else 65535.0
-    return (confidence / most)[None], prediction.astype(np.int64)[None]
+            told = f"expected an image {shape.size} (height, width) as its label is, got {one.shape}"
+            raise BadFile(file, f"{told}; save it at the label's size{shape.or_the_label(file, one.shape)}")
+    return confidence[None], prediction.astype(np.int64)[None]
 
 
 def _choose(path: Path, names: List[Any], key: Optional[str]) -> str:

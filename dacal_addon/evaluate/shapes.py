@@ -21,6 +21,8 @@ class Shape(NamedTuple):
     """Lower resolutions of the same aspect are taken too."""
     one_slice: bool = False
     """The label is a volume (1, *size), and (C, 1, *size) is one too."""
+    label: Optional[Path] = None
+    """Its file, for messages."""
 
     @property
     def channels(self) -> int:
@@ -43,7 +45,16 @@ class Shape(NamedTuple):
             if channels == self.channels and (size == self.size or (self.upsample and _lower(size, self.size))):
                 return (1, *core)
         whole = (*self.size, self.channels) if self.channels_last else (self.channels, *self.size)
-        raise BadFile(path, f"expected an array {whole} as its label has it, got {tuple(got)}; {self._remedy(tuple(got))}")
+        remedy = self._remedy(tuple(got))
+        if core is not None and channels == self.channels and size not in (self.size, self.size[::-1]):
+            remedy += self.or_the_label(path, size)
+        raise BadFile(path, f"expected an array {whole} as its label has it, got {tuple(got)}; {remedy}")
+
+    def or_the_label(self, path: Path, size: Tuple[int, ...]) -> str:
+        """The end of a remedy for a prediction of another size."""
+        if self.label is None:
+            return ""
+        return f"; or {self.label}, of {self.size}, is not the label of {path.name}, of {size}: pair them by name"
 
     def _core(self, got: Tuple[int, ...]) -> Optional[Tuple[int, ...]]:
         """Without a batch or a slice of one, and with the channel that may be missing where there is one."""

@@ -40,11 +40,11 @@ def picture(seen: Seen, names: Sequence[str], number: int) -> Any:
     if seen.photograph is not None:
         panels = {"image": seen.photograph, **panels}
     counts = np.bincount(np.concatenate([seen.label[~void], predicted.ravel()]), minlength=len(names))
-    frequent = [c for c in np.argsort(-counts, kind="stable")[:_MOST_NAMES].tolist() if counts[c]]
+    frequent = sorted(c for c in np.argsort(-counts, kind="stable")[:_MOST_NAMES].tolist() if counts[c])
     lines = -(-(len(frequent) + 1) // 3)
     wide, apart, (height, width) = (plots.COLUMN - 0.1) / 2, 0.06, seen.label.shape
     high = min(max(wide * height / width, 0.25), 2.5)
-    pitch, below = high + 0.2, 0.42 + 0.14 * lines
+    pitch, below = high + 0.2, 0.46 + 0.14 * lines
     with plots.styled():
         total = 2 * pitch + 0.2 + below
         figure = plots.blank_figure((plots.COLUMN, total), facecolor="none")
@@ -59,7 +59,8 @@ def picture(seen: Seen, names: Sequence[str], number: int) -> Any:
         bar = plots.place(figure, 0.02 + wide + apart + 0.1, below - 0.12, wide - 0.2, 0.07)
         ticks = figure.colorbar(ScalarMappable(Normalize(0, 1), scale), cax=bar, orientation="horizontal")
         ticks.set_ticks([0, 0.5, 1])
-        ticks.set_ticklabels(["0", "confidence 0.5", "1"])
+        ticks.set_ticklabels(["0", "0.5", "1"])
+        ticks.set_label("confidence", color=_GREY, fontsize=6.5, labelpad=1)
         ticks.outline.set_visible(False)
         bar.tick_params(labelsize=6.5, pad=1, length=2, color=_GREY, labelcolor=_GREY)
         patches = [Patch(color="#{:02x}{:02x}{:02x}".format(*colours[c]), label=plots.fitted(names[c], 18)) for c in frequent]
