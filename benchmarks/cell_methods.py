@@ -212,24 +212,38 @@ def pasta(image: Tensor, generator: torch.Generator, *, alpha: float = 3.0, beta
     return image.clamp(0.0, 1.0)
 
 
-class AugCal(HardLabels):
-    """Source images under PASTA instead of the recipe's augmentation, also in the mixed ones, and on them the gap of accuracy
-    and confidence (DCA).
+class Pasta(HardLabels):
+    """Source images under PASTA instead of the recipe's augmentation, also in the mixed ones.
+
+    Source: PASTA (Chattopadhyay et al., ICCV 2023).
+    """
+
+    title = "hard pseudo-labels, source under PASTA"
+
+    def source_loss(self, batch: Batch) -> Tensor:
+        self.augmented = pasta(batch.source_image, batch.generator)
+        return self.loss_on(self.student(self.augmented), batch.source_label)
+
+    def loss_on(self, logits: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(logits, label, ignore_index=255)
+
+    def teach(self, teacher: Any, batch: Batch) -> str:
+        return super().teach(teacher, batch._replace(source_strong=self.augmented))
+
+
+class AugCal(Pasta):
+    """The same with the gap of accuracy and confidence (DCA) on these source images.
 
     Source: AugCal (Chattopadhyay et al., ICLR 2024); DCA (Liang et al., 2020), the gap over the pixels of a batch, weight 1.
     """
 
     title = "AugCal"
 
-    def source_loss(self, batch: Batch) -> Tensor:
-        self.augmented = pasta(batch.source_image, batch.generator)
-        logits, counted = self.student(self.augmented), batch.source_label != 255
+    def loss_on(self, logits: Tensor, label: Tensor) -> Tensor:
         confidence, prediction = F.softmax(logits, dim=1).max(1)
-        gap = ((prediction == batch.source_label)[counted].float().mean() - confidence[counted].mean()).abs()
-        return F.cross_entropy(logits, batch.source_label, ignore_index=255) + gap
-
-    def teach(self, teacher: Any, batch: Batch) -> str:
-        return super().teach(teacher, batch._replace(source_strong=self.augmented))
+        counted = label != 255
+        gap = ((prediction == label)[counted].float().mean() - confidence[counted].mean()).abs()
+        return super().loss_on(logits, label) + gap
 
 
 class FittedToTruth(FittedTemperatures):
@@ -264,6 +278,7 @@ METHODS: Dict[str, Method] = {
     "shadow-step": _method(ShadowStep, sees_held_out=True),
     "shadow-feedback": _method(ShadowFeedback, sees_held_out=True),
     "gap-penalty": _method(GapPenalty, sees_held_out=True, typical=TYPICAL),
+    "pasta": _method(Pasta, typical=TYPICAL),
     "augcal": _method(AugCal, typical=TYPICAL),
     "bound-fitted": _method(FittedToTruth, bound=True),
 }
