@@ -64,7 +64,7 @@ def _entries(value: object) -> str:
     return ", for example x[0]" if isinstance(value, (tuple, list)) and value else ""
 
 
-def check_label(function: str, name: str, value: object, *, shape: Optional[Sequence[int]] = None) -> None:
+def check_label(function: str, name: str, value: object, *, shape: Optional[Sequence[int]] = None) -> Tensor:
     """`value` must be an int64 tensor N x *S, of the given shape where there is one."""
     expected = f"an int64 tensor {tuple(shape) if shape is not None else '(N, *spatial)'} of class indices"
     label = check_tensor(function, name, value, expected=expected, remedy="pass class indices as a tensor")
@@ -73,6 +73,7 @@ def check_label(function: str, name: str, value: object, *, shape: Optional[Sequ
     if label.dim() < 2 or (shape is not None and tuple(label.shape) != tuple(shape)):
         remedy = "drop a channel dimension with .squeeze(1), or resize the label with nearest-neighbour sampling"
         raise problem(function, expected=f"{name}: {expected}", got=describe(label), remedy=remedy)
+    return label
 
 
 def check_classes(function: str, name: str, label: Tensor, num_classes: int, ignore_index: Union[int, Sequence[int]]) -> None:

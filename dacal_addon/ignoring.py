@@ -56,7 +56,7 @@ def void_label(ignore_index: IgnoreIndex) -> int:
         >>> void_label((0, 255))
         255
     """
-    return int(ignore_index[-1]) if isinstance(ignore_index, (tuple, list)) else int(ignore_index)  # type: ignore[arg-type]
+    return int(ignore_index[-1] if isinstance(ignore_index, Sequence) else ignore_index)
 
 
 def with_one_void(label: Tensor, ignore_index: IgnoreIndex) -> Tensor:

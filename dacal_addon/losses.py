@@ -223,8 +223,7 @@ def is_mean_over_labelled(loss: OuterLoss) -> bool:
 
 
 def _check_label(function: str, logits: Tensor, label: object) -> None:
-    check_label(function, "label", label)
-    check_resolution(function, logits, label.shape)  # type: ignore[attr-defined]  # it is a tensor
+    check_resolution(function, logits, check_label(function, "label", label).shape)
 
 
 def check_resolution(function: str, logits: Tensor, labelled: Sequence[int]) -> None:

@@ -38,9 +38,9 @@ def backend_for(batch: Batch, backend: Optional[str]) -> str:
     """
     if backend == "compile":
         return backend
-    swept = isinstance(batch.scores, Tensor) and batch.label.device.type == "cpu" and _has_numba()
-    wanted = backend == "numba" or (backend is None and isinstance(batch.scores, Tensor) and _large(batch.scores))
-    return "numba" if swept and wanted else "torch"
+    if backend == "torch" or not isinstance(batch.scores, Tensor) or batch.label.device.type != "cpu" or not _has_numba():
+        return "torch"
+    return "numba" if backend == "numba" or batch.scores.numel() >= _WORTH_LOADING else "torch"
 
 
 @functools.lru_cache(maxsize=None)
@@ -51,10 +51,6 @@ def functions_of(backend: str) -> Dict[str, Any]:
 
         return {"sweep": sweep_}
     return {"compiled": torch.compile(judge)} if backend == "compile" else {}
-
-
-def _large(scores: Tensor) -> bool:
-    return scores.numel() >= _WORTH_LOADING
 
 
 @functools.lru_cache(maxsize=None)

@@ -171,5 +171,5 @@ def table_ece(table: ReliabilityTable) -> float:
 def filled_columns(table: ReliabilityTable) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pixels, mean confidence and accuracy, 0 where a bin is empty."""
     pixels = table.pixels.double()
-    means = (torch.where(pixels > 0, column, torch.zeros_like(column)) for column in (table.confidence, table.accuracy))
-    return (pixels.numpy(), *(column.numpy() for column in means))  # type: ignore[return-value]
+    confidence, accuracy = (column.masked_fill(pixels == 0, 0.0).numpy() for column in (table.confidence, table.accuracy))
+    return pixels.numpy(), confidence, accuracy

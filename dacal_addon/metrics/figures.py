@@ -4,6 +4,7 @@ The arrays of `Counts` have the same leading dimensions, none for `CalibrationSt
 has what the functions return. NaN where nothing counts. Definitions and sources are at the methods of `CalibrationStats`.
 """
 
+from abc import ABC, abstractmethod
 from functools import cached_property
 from typing import Callable, Dict, NamedTuple
 
@@ -36,31 +37,31 @@ class Losses(NamedTuple):
     brier: np.ndarray
 
 
-class Counts:
+class Counts(ABC):
     """What the metrics are made of, each computed when a metric asks for it."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
     @property
+    @abstractmethod
     def cells(self) -> Cells:
         """Of confidence, (..., cells), without those that are empty everywhere where that is known."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def bins(self) -> Cells:
         """Of equal width, (..., n_bins)."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def overlap(self) -> Overlap:
         """By class."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def losses(self) -> Losses:
         """Of all pixels."""
-        raise NotImplementedError
 
 
 class CountsOfTotals(Counts):
