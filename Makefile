@@ -9,12 +9,16 @@ LEGACY_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.8.*/bin/python
 BIN := .venv/bin
 LEGACY := .venv-legacy/bin
 
-.PHONY: demo test test-legacy check upstream clean
+# `make test` leaves out what is marked slow, `make test-all` nothing.
+.PHONY: demo test test-all test-legacy check upstream clean
 
 demo: .venv/ready
 	$(BIN)/dacal demo $(ARGS)
 
 test: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(WORKERS) -m "not slow"
+
+test-all: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(WORKERS)
 
 check: .venv/ready
