@@ -10,7 +10,7 @@ BIN := .venv/bin
 LEGACY := .venv-legacy/bin
 
 # `make test` leaves out what is marked slow, `make test-all` nothing.
-.PHONY: demo test test-all test-legacy check upstream clean
+.PHONY: demo test test-all test-legacy check docs upstream upstream-mmengine clean
 
 demo: .venv/ready
 	$(BIN)/dacal demo $(ARGS)
@@ -26,6 +26,10 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The pages, into docs/_build/html: a warning is an error.
+docs: .venv/ready
+	$(BIN)/python -m sphinx -q -W --keep-going -n -d docs/_build/doctrees docs docs/_build/html
+
 # DAFormer's, HRDA's and MIC's own environment: Python 3.8 and torch 1.7.1.
 test-legacy: .venv-legacy/ready
 	OMP_NUM_THREADS=1 $(LEGACY)/python -m pytest -q --numprocesses $(WORKERS)
@@ -36,6 +40,18 @@ HOST_PYTHON ?= .venv-hosts/bin/python
 upstream: .venv/ready $(if $(filter .venv-hosts/%,$(HOST_PYTHON)),.venv-hosts/ready)
 	DACAL_DAFORMER="$(DAFORMER)" DACAL_HRDA="$(HRDA)" DACAL_MIC="$(MIC)" DACAL_HOST_PYTHON="$(abspath $(HOST_PYTHON))" \
 		$(BIN)/python -m pytest -q -rs tests/test_upstream.py
+
+# The integration in the real MMSegmentation 1.x, whose environment is built.
+upstream-mmengine: .venv-mmengine/ready
+	OMP_NUM_THREADS=1 .venv-mmengine/bin/python -m pytest -q -rs -p no:cacheprovider tests/test_mmengine.py tests/test_weighted_heads.py
+
+# mmcv without its compiled operations, on a CPU.
+.venv-mmengine/ready: examples/mmengine/requirements.txt
+	$(PYTHON) -m venv .venv-mmengine
+	.venv-mmengine/bin/python -m pip install --quiet $(TORCH)
+	.venv-mmengine/bin/python -m pip install --quiet --requirement examples/mmengine/requirements.txt
+	.venv-mmengine/bin/python -m pip install --quiet --editable '.[evaluate]' pytest pytest-xdist hypothesis
+	touch $@
 
 # mmcv 1.3.7 in pure Python, and a torch of today, on a CPU.
 .venv-hosts/ready:
@@ -60,4 +76,4 @@ upstream: .venv/ready $(if $(filter .venv-hosts/%,$(HOST_PYTHON)),.venv-hosts/re
 	touch $@
 
 clean:
-	rm -rf .venv .venv-legacy .venv-hosts build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-legacy .venv-hosts .venv-mmengine docs/_build build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

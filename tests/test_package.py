@@ -1,4 +1,4 @@
-"""The package as users get it: names, files, wheel, README, examples."""
+"""The package as users get it: names, files, wheel, examples, benchmarks."""
 
 import ast
 import importlib.util
@@ -14,7 +14,6 @@ import torch
 
 import dacal_addon
 from dacal_addon import cli
-from dacal_addon.calibrate import folded_temperature
 from dacal_addon.engines import ENGINES
 from dacal_addon.integrations.options import HostOptions, parse
 from dacal_addon.learners import JUDGED_SETS, SkipKind
@@ -94,91 +93,6 @@ def test_the_wheel_installs_into_an_empty_directory_and_imports_from_there(tmp_p
     assert not (target / "tests").exists()
 
 
-README = (ROOT / "README.md").read_text()
-
-
-def test_the_readmes_code_runs_and_the_wrap_is_eight_lines(tmp_path, monkeypatch):
-    fold, measured, wrap, parts, shorter = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert 5 <= len([line for line in wrap.splitlines() if re.search(r"\S.*  #", line)]) <= 8
-    setting = """
-import torch, torch.nn as nn, torch.nn.functional as F
-torch.manual_seed(0)
-device, student, teacher = "cpu", nn.Conv2d(3, 19, 1), nn.Conv2d(3, 19, 1)
-teacher.weight.data *= 100  # confident, so that its labels have weight
-optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
-held_out_images, held_out_labels = torch.rand(4, 3, 16, 16), torch.randint(0, 19, (4, 16, 16))
-target_images = torch.rand(4, 3, 16, 16)
-loader = [(torch.rand(2, 3, 16, 16), torch.randint(0, 19, (2, 16, 16)), torch.rand(2, 3, 16, 16))] * 3
-updates, checkpoint = [], {"student": student.state_dict()}
-update_teacher = lambda teacher, student: updates.append(1)
-"""
-    monkeypatch.chdir(tmp_path)  # it writes a checkpoint
-    scope = {}
-    exec(setting + wrap, scope)
-    assert len(scope["updates"]) == 3
-    assert scope["mixed"].learned.skipped.kind is SkipKind.HARD_LABELS
-    assert folded_temperature(scope["student"]) == (None if scope["found"].temperature == 1 else scope["found"].temperature)
-    (resume,) = re.findall(r"# (dacal.load_state_dict.*) to resume", wrap)
-    exec(resume, scope)
-    exec(parts.replace("warmup=1000", "warmup=1"), scope)
-    assert scope["calibrate"].iteration == 3
-    before = scope["temperature_net"].last.weight.detach().clone()
-    assert before.abs().sum() > 0
-    exec(shorter.replace("every=4", "every=4, warmup=0"), scope)
-    assert len(scope["updates"]) == 6
-    assert not (scope["temperature_net"].last.weight == before).all()
-    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(4 * 256).view(4, 16, 16) % 19
-    scope.update(student=torch.nn.Conv2d(3, 19, 1), source_images=images, source_labels=labels, target_images=images + 0.1)
-    exec(fold.replace("found.temperature", "2.0"), scope)  # untrained, it may well abstain
-    before = scope["student"].weight.detach().clone()
-    scope["student"].load_state_dict(torch.load("calibrated.pth"))
-    assert torch.allclose(scope["student"].weight, before / 2)
-    scope.update(network=scope["student"], validation=[(image, label) for image, label, _ in scope["loader"]])
-    exec(measured, scope)
-    assert scope["stats"].images == 6
-    assert (tmp_path / "reliability.png").stat().st_size > 10_000
-
-
-def test_every_make_target_and_file_that_the_readme_names_exists():
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"\bmake ([a-z-]+)", README))
-    assert {"demo", "test"} <= named <= targets
-    for path in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
-        assert (ROOT / path.split("#")[0]).exists(), path
-    for path in set(re.findall(r"python (\S+\.py)", README)) - {"run_experiments.py"}:  # the hosts'
-        assert (ROOT / path.replace("ADDON/", "")).exists(), path
-
-
-@pytest.mark.parametrize("learner", [None, "fit", "bilevel"])
-def test_the_plain_loop_runs(learner):
-    output = python("examples/plain_loop.py", "--iters", "80", "--batch", "2", *(["--learner", learner] if learner else []))
-    figures = r"target mIoU (\d+\.\d) %, ECE \d+\.\d\d %\n"
-    before, after = re.search(rf"{figures}folded T = \d\.\d\d into the last layer: .+\n{figures}", output).groups()
-    assert before == after
-    assert ("iteration 0: warm-up: iteration 1 of 20\n" in output) == (learner == "bilevel")
-    learned = re.search(r"iteration 70: loss on the judged set \d\.\d{4}, T \d\.\d\d\.\.\d\.\d\d\n", output)
-    assert bool(learned) == (learner is not None)
-
-
-def test_the_lightning_loop_runs_and_resumes(tmp_path):
-    pytest.importorskip("lightning")
-    saved = str(tmp_path / "end.ckpt")
-    loop = ("examples/lightning_loop.py", "--batch", "2", "--checkpoint", saved)
-    for learner in (["--learner", "bilevel"], []):
-        output = python(*loop, "--iters", "60", *learner)
-        assert re.search(r"target mIoU \d+\.\d %\ntarget ECE +\d+\.\d\d %", output)
-        if learner:
-            first = torch.load(saved, weights_only=False)
-            python(*loop, "--iters", "62", *learner, "--resume", saved)
-            then = torch.load(saved, weights_only=False)
-            assert (first["dacal"]["iteration"], then["dacal"]["iteration"]) == (60, 62)
-            assert first["dacal"]["temperature_net"]["last.bias"] != 0
-            steps = [one["dacal"]["meta_optimizer"]["state"][0]["step"] for one in (first, then)]
-            assert steps[0] < steps[1] <= steps[0] + 2
-            assert not [name for name in first["state_dict"] if "layers" in name]  # no part of the module
-
-
 @pytest.mark.parametrize("host", ["daformer", "hrda", "mic"])
 def test_the_patches_add_files_and_touch_none(host, tmp_path):
     patch = (ROOT / "examples" / host / "dacal.patch").read_text()
@@ -205,7 +119,7 @@ def test_the_hosts_page_lists_every_option_and_its_default():
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", section, re.MULTILINE))
     assert list(rows) == [name for name in HostOptions._fields if name in rows]
     assert set(rows) == set(HostOptions._fields)  # one row each
-    defaults, fit = HostOptions(), HostOptions(learn="fit")
+    defaults, fit = HostOptions(), HostOptions(learner="fit")
     written = {name: value.strip("`") for name, value in rows.items()}
     assert written.pop("warmup_iters") == f"{defaults.warmup}, with `'fit'` {fit.warmup}"
     assert written.pop("meta_lr") == "3e-4, with `'fit'` 2e-3"
