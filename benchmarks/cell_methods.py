@@ -274,7 +274,7 @@ METHODS: Dict[str, Method] = {
     "soft": _method(SoftLabels),
     "half": _method(Mixture),
     "fit": _method(FittedTemperatures),
-    "bilevel": _method(OF_THE_DEMO["dacal"]),
+    "bilevel": _method(OF_THE_DEMO["bilevel"]),
     "shadow-step": _method(ShadowStep, sees_held_out=True),
     "shadow-feedback": _method(ShadowFeedback, sees_held_out=True),
     "gap-penalty": _method(GapPenalty, sees_held_out=True, typical=TYPICAL),

@@ -104,7 +104,7 @@ def test_all_methods_see_the_same_images_and_masks(dataset):
         seen[method] = []
         training.train(spied(method), start, dataset, tiny(), seed=0, device=cpu)
     assert len(seen["hard"]) == 3
-    for method in ("source-only", "dacal"):
+    for method in ("source-only", "bilevel"):
         one, two = seen["hard"][0], seen[method][0]
         assert all(torch.equal(a, b) for a, b in zip(one, two))
         for one, two in zip(seen["hard"], seen[method]):
@@ -151,7 +151,7 @@ def test_the_command_prints_the_table_and_writes_table_and_pictures(small_demo, 
     assert cli.main(["demo", "--dataset", "digits", "--seed", "1", "--iters", "20", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     report = json.loads((out / "results.json").read_text())
-    assert [row["method"] for row in report["rows"]] == ["source-only", "hard", run.FOLDED, "dacal"]
+    assert [row["method"] for row in report["rows"]] == ["source-only", "hard", run.FOLDED, "bilevel"]
     hard, folded = report["rows"][1:3]
     assert (folded["miou"], folded["accuracy"]) == (hard["miou"], hard["accuracy"])
     said = f"from {100 * hard['ece']:.2f} to {100 * folded['ece']:.2f} %; no prediction changes."

@@ -104,5 +104,5 @@ class BilevelTemperatures(Teaching):
 METHODS: Dict[str, Type[Teaching]] = {
     "source-only": Teaching,
     "hard": HardLabels,
-    "dacal": BilevelTemperatures,
+    "bilevel": BilevelTemperatures,
 }
