@@ -8,7 +8,7 @@ on source images that are `held_out`, in the target's look (`shadows`).
 
 from .engines import Hypergradient, hypergradient
 from .learners import BilevelCalibrationStep, CalibrationStepResult, Skip, SkipKind, TemperatureFit
-from .losses import soft_cross_entropy
+from .losses import mixed_views_loss, soft_cross_entropy
 from .one_channel import two_channels
 from .pseudo_labels import SoftPseudoLabeler, SoftPseudoLabels
 from .self_training import DACal, MixedBatch
@@ -27,7 +27,8 @@ __all__ = [
     "SoftPseudoLabels",
     "TemperatureFit",
     "hypergradient",
+    "mixed_views_loss",
     "soft_cross_entropy",
     "two_channels",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
