@@ -1,11 +1,12 @@
 """What DA-Cal costs inside DAFormer, HRDA and MIC: time of an iteration and peak memory, against the host alone.
 
     python benchmarks/hosts.py --daformer PATH --hrda PATH --mic PATH --python HOST_ENVIRONMENT/bin/python
+    python benchmarks/hosts.py --daformer PATH ... --crop 256 --whole-network --variants "host alone" default "fitted, every=4"
 
-Runs the host's own training on a CPU with `examples/mmseg/try_on_cpu.py` (MiT-B0, crops of 128 x 128, one thread), a fresh
-process each: the host alone, with soft labels but no meta-step, with one at every fourth and at every iteration, with
-temperatures fitted at every iteration. The checkouts have `configs/dacal/` from the examples' patches. Ratios are to the host
-alone, in the same session.
+Runs the host's own training on a CPU with `examples/mmseg/try_on_cpu.py` (MiT-B0, or the config's MiT-B5; one thread), a fresh
+process each, see `VARIANTS`. The checkouts have `configs/dacal/` from the examples' patches. Times are processor time of an
+iteration, without the data loader's processes. Ratios are to the host alone, in the same session. Writes
+results/hosts_torchVERSION.json, with --whole-network hosts_whole_torchVERSION.json.
 """
 
 import argparse
@@ -21,23 +22,29 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 ROOT = Path(__file__).parent.parent
+BILEVEL, FIT = "uda.dacal.learner=bilevel", "uda.dacal.learner=fit"
 VARIANTS = {
     "host alone": ["uda.type=DACS"],
-    "soft labels, no meta-step": ["uda.dacal.learn=bilevel", "uda.dacal.every=0"],
-    "a meta-step at every 4th iteration": ["uda.dacal.learn=bilevel", "uda.dacal.every=4"],
-    "a meta-step at every iteration": ["uda.dacal.learn=bilevel", "uda.dacal.every=1"],
-    "fitted at every iteration": ["uda.dacal.learn=fit", "uda.dacal.every=1"],
+    "soft labels, no meta-step": [BILEVEL, "uda.dacal.every=0"],
+    "default": [BILEVEL, "uda.dacal.every=4"],
+    "default, share_pass=False": [BILEVEL, "uda.dacal.every=4", "uda.dacal.share_pass=False"],
+    "every=1": [BILEVEL, "uda.dacal.every=1"],
+    "fitted, every=4": [FIT, "uda.dacal.every=4"],
+    "fitted, every=1": [FIT, "uda.dacal.every=1"],
 }
 WARMUP = 4  # iterations before the first that is timed
+ITERATIONS = WARMUP + 20 + 1  # whole rounds of every=4; and the last, whose row has the evaluation's time in it
+# glibc keeps freed blocks; see `measuring.peak_in_fresh_process`.
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
-def measured(checkout: Path, python: str, changes: List[str], iters: int, data: Path) -> Dict[str, Any]:
+def measured(checkout: Path, python: str, changes: List[str], iters: int, data: Path, size: List[str]) -> Dict[str, Any]:
     """Mean seconds of an iteration, the process's peak memory, and whether every loss was finite."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "data").symlink_to(data, target_is_directory=True)
         command = [python, str(ROOT / "examples/mmseg/try_on_cpu.py"), "configs/dacal/gta2cs.py"]
-        command += ["--iters", str(iters), "--work-dir", folder, "--set", *changes]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command += ["--iters", str(iters), "--work-dir", folder, "--processor-time", *size, "--set", *changes]
+        environment = {**os.environ, **ENVIRONMENT}
         with open(Path(folder) / "output", "w") as output:
             process = subprocess.Popen(command, cwd=checkout, env=environment, stdout=output, stderr=subprocess.STDOUT)
             _, status, usage = os.wait4(process.pid, 0)
@@ -62,7 +69,10 @@ def main() -> None:
     for host in ("daformer", "hrda", "mic"):
         parser.add_argument(f"--{host}", type=Path)
     parser.add_argument("--python", default=sys.executable, help="of the hosts' environment")
-    parser.add_argument("--iters", type=int, default=WARMUP + 20)
+    parser.add_argument("--iters", type=int, default=ITERATIONS)
+    parser.add_argument("--crop", type=int, default=128, help="side of the crops")
+    parser.add_argument("--whole-network", action="store_true", help="MiT-B5")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     say = "import sys, torch; print(sys.version.split()[0], torch.__version__)"
@@ -72,8 +82,9 @@ def main() -> None:
     python, torch = versions.stdout.split()
     rows: List[Dict[str, Any]] = []
     data = Path(tempfile.mkdtemp())
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **ENVIRONMENT}
     subprocess.run([options.python, str(ROOT / "examples/mmseg/tiny_data.py"), str(data)], env=environment, check=True)
+    size = ["--crop", str(options.crop), *(["--whole-network"] if options.whole_network else [])]
     print(f"Python {python}, torch {torch}, {options.iters} iterations")
     for host in ("daformer", "hrda", "mic"):
         checkout = getattr(options, host)
@@ -81,9 +92,9 @@ def main() -> None:
             continue
         checkout = checkout / "seg" if (checkout / "seg").is_dir() else checkout
         alone: Dict[str, Any] = {}
-        for name, changes in VARIANTS.items():
+        for name in options.variants:
             begun = time.time()
-            row = measured(checkout.resolve(), options.python, changes, options.iters, data)
+            row = measured(checkout.resolve(), options.python, VARIANTS[name], options.iters, data, size)
             alone = alone or row
             ratios = {"time": row["seconds"] / alone["seconds"], "memory": row["peak_bytes"] / alone["peak_bytes"]}
             rows.append({"host": host, "variant": name, **row, "ratio": ratios})
@@ -91,9 +102,10 @@ def main() -> None:
             memory = f"{row['peak_bytes'] / 1e6:6.0f} MB  x {ratios['memory']:.2f}"
             print(f"{host:<10}{name:<38}{times}   {memory}   finite {row['finite']}   ({time.time() - begun:.0f} s)")
     shutil.rmtree(data)
-    report = {"python": python, "torch": torch, "rows": rows}
+    report = {"python": python, "torch": torch, "crop": options.crop, "rows": rows}
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"hosts_torch{torch.split('+')[0]}.json").write_text(json.dumps(report, indent=2) + "\n")
+    whole = "whole_" if options.whole_network else ""
+    (options.out / f"hosts_{whole}torch{torch.split('+')[0]}.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

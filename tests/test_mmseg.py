@@ -114,7 +114,7 @@ def test_with_hard_labels_every_number_is_the_hosts(host, kind, learn, every):
     # With every=1 the temperatures learn beside it, and leave nothing behind in the networks or in random states.
     plain, optimizer = made(host, "DACS", **KINDS[kind])
     expected = train(plain, optimizer), state(plain), random_states()
-    ours, optimizer = made(host, dacal={"labels": "hard", "learn": learn, "every": every}, **KINDS[kind])
+    ours, optimizer = made(host, dacal={"labels": "hard", "learner": learn, "every": every}, **KINDS[kind])
     logs = train(ours, optimizer)
     own = [{name: value for name, value in log.items() if not name.startswith("dacal.")} for log in logs]
     assert own == expected[0]
@@ -128,7 +128,7 @@ def test_with_hard_labels_every_number_is_the_hosts(host, kind, learn, every):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("learn", ["fit", "bilevel"])
 def test_soft_labels_reach_the_student_in_the_mixed_and_the_masked_pass(host, kind, learn):
-    ours, optimizer = made(host, dacal={"learn": learn, "every": 0}, **KINDS[kind])
+    ours, optimizer = made(host, dacal={"learner": learn, "every": 0}, **KINDS[kind])
     heard = listen(ours)
     (log,) = train(ours, optimizer, 1)
     plain, optimizer = made(host, "DACS", **KINDS[kind])
@@ -164,7 +164,7 @@ def test_every_pass_has_the_hosts_weights(host, kind, learn):
     valid = torch.ones(2, 1, 16, 16)
     valid[:, :, :, :3] = 0
     passes = []
-    for name, dacal in (("DACS", None), ("DACalDACS", {"learn": learn, "every": every})):
+    for name, dacal in (("DACS", None), ("DACalDACS", {"learner": learn, "every": every})):
         model, optimizer = made(host, name, dacal=dacal, **KINDS[kind])
         heard = listen(model)
         train(model, optimizer, 1, valid_pseudo_mask=valid)
@@ -178,7 +178,7 @@ def test_every_pass_has_the_hosts_weights(host, kind, learn):
 
 @pytest.mark.parametrize("kind", ["daformer", "hrda", "mic, own teacher"])
 def test_the_fit_is_a_step_on_blends_of_the_target_as_the_teacher_sees_them(host, kind):
-    ours, optimizer = made(host, dacal={"learn": "fit"}, **KINDS[kind])
+    ours, optimizer = made(host, dacal={"learner": "fit"}, **KINDS[kind])
     valid = torch.ones(3, 1, 16, 16)
     valid[:, :, :, :3] = 0
     train(ours, optimizer, 1, images=3, valid_pseudo_mask=valid)
@@ -219,7 +219,7 @@ def test_the_fits_own_pass_leaves_nothing_behind(host):
         module.calls = getattr(module, "calls", 0) + 1
         module.draws = torch.rand(1).item(), np.random.rand(), random.random()
 
-    for name, dacal in (("DACS", None), ("DACalDACS", {"labels": "hard", "learn": "fit"})):
+    for name, dacal in (("DACS", None), ("DACalDACS", {"labels": "hard", "learner": "fit"})):
         model, optimizer = made(host, name, dacal=dacal, kind="hrda")
         model.ema_model.backbone.register_forward_hook(disturb)
         head, pictures = model.ema_model.decode_head, []
@@ -238,19 +238,19 @@ def test_the_fits_own_pass_leaves_nothing_behind(host):
 def test_a_single_target_image_is_refused_where_it_would_be_blended(host):
     message = (
         r"DACalDACS: expected batches of at least 2 target images to blend, got 1; "
-        r"use data\.samples_per_gpu >= 2 or uda\.dacal\.learn='bilevel'"
+        r"use data\.samples_per_gpu >= 2 or uda\.dacal\.learner='bilevel'"
     )
     for dacal in ({}, {"labels": "hard"}, {"warmup_iters": 5}, {"every": 4}):
-        ours, optimizer = made(host, dacal={"learn": "fit", **dacal})
+        ours, optimizer = made(host, dacal={"learner": "fit", **dacal})
         with pytest.raises(ValueError, match=message):
             train(ours, optimizer, 1, images=1)
-    for dacal in ({"learn": "fit", "every": 0}, {"learn": "bilevel"}, {}):
+    for dacal in ({"learner": "fit", "every": 0}, {"learner": "bilevel"}, {}):
         ours, optimizer = made(host, dacal=dacal)
         train(ours, optimizer, 1, images=1)
 
 
 def test_without_two_labels_that_differ_nothing_is_fitted(host, caplog):
-    ours, optimizer = made(host, dacal={"learn": "fit"})
+    ours, optimizer = made(host, dacal={"learner": "fit"})
     train(ours, optimizer, 1)
     before = copy.deepcopy(ours._dacal.learner.temperature_net.state_dict())
     with torch.no_grad():
@@ -275,7 +275,7 @@ def test_nothing_of_an_iteration_outlives_it(host, kind, learn, monkeypatch):
             alive.append(weakref.ref(self))
 
     monkeypatch.setattr(integration, "DacsIteration", Noted)
-    ours, optimizer = made(host, dacal={"learn": learn}, **KINDS[kind])
+    ours, optimizer = made(host, dacal={"learner": learn}, **KINDS[kind])
     train(ours, optimizer, 1)
     gc.disable()
     try:
@@ -347,13 +347,73 @@ def test_the_virtual_step_descends_the_hosts_own_mixed_loss(host, kind, engine, 
     hypergradient = bilevel.hypergradient
     monkeypatch.setattr(bilevel, "hypergradient", lambda *a, **k: note_result(results, hypergradient(*a, **k)))
     loss = {"class_weight": [1.0, 2.0, 0.5, 1.5], "loss_weight": 0.7}
-    ours, optimizer = made(host, dacal={"learn": "bilevel", "meta_lr": 0.0, "engine": engine}, loss=loss, **KINDS[kind])
+    dacal = {"learner": "bilevel", "meta_lr": 0.0, "engine": engine, "share_pass": False}
+    ours, optimizer = made(host, dacal=dacal, loss=loss, **KINDS[kind])
     logs = train(ours, optimizer, 2)
     for log, result in zip(logs, results):
         total = sum(value for name, value in log.items() if name.startswith("mix.") and "loss" in name)
         assert float(result.inner_loss) == pytest.approx(total, rel=1e-6)
         assert result.grads[-1].abs().max() > 0
     assert len(results) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("engine", ["higher", "finite_difference", "auto"])
+def test_a_shared_pass_trains_as_one_of_the_hosts_own(host, kind, engine):
+    # With a meta learning rate of 0 both have the same labels.
+    found = {}
+    for share in (True, False):
+        dacal = {"learner": "bilevel", "meta_lr": 0.0, "engine": engine, "share_pass": share}
+        ours, optimizer = made(host, dacal=dacal, **KINDS[kind])
+        passes = []
+        if engine != "higher":  # which refuses hooks
+            ours.model.backbone.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        found[share] = train(ours, optimizer, 3), state(ours), random_states(), len(passes)
+    assert found[True][0] == found[False][0]
+    assert same(found[True][1], found[False][1])
+    assert found[True][2] == found[False][2]
+    if engine != "higher":
+        own = 2 if KINDS[kind].get("kind") == "hrda" else 1  # HRDA's pass is one of the whole and one of the detail
+        assert found[False][3] - found[True][3] == 3 * own
+
+
+def test_labels_of_a_shared_pass_are_those_before_its_meta_step(host):
+    logs = {}
+    for name, dacal in (("T = 1", {"every": 0}), ("shared", {}), ("own", {"share_pass": False})):
+        ours, optimizer = made(host, dacal={"learner": "bilevel", "meta_lr": 0.1, **dacal})
+        (logs[name],) = train(ours, optimizer, 1)
+    assert logs["shared"]["mix.decode.loss_seg"] == logs["T = 1"]["mix.decode.loss_seg"] != logs["own"]["mix.decode.loss_seg"]
+    assert logs["shared"]["dacal.temperature_mean"] == logs["own"]["dacal.temperature_mean"] != 1.0
+
+
+@pytest.mark.parametrize("what", ["a scaled loss", "one loss of two", "the features"])
+def test_a_host_that_descends_anything_else_of_a_shared_pass_is_refused(host, monkeypatch, what):
+    descend = {
+        "a scaled loss": lambda losses: (0.5 * losses["decode.loss_seg"] + losses["decode.hr.loss_seg"]).backward(),
+        "one loss of two": lambda losses: losses["decode.loss_seg"].backward(),
+        "the features": lambda losses: sum(value.sum() for value in losses["features"]).backward(),
+    }[what]
+    ours, optimizer = made(host, dacal={"learner": "bilevel"}, kind="hrda")
+    plain = ours._descend
+    monkeypatch.setattr(ours, "_descend", lambda losses, prefix, log: (descend if prefix == "mix." else plain)(
+        losses, *(() if prefix == "mix." else (prefix, log))
+    ))  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"expected the host to descend .* share_pass=False"):
+        train(ours, optimizer, 1)
+    ours, optimizer = made(host, dacal={"learner": "bilevel", "share_pass": False}, kind="hrda")
+    monkeypatch.setattr(ours, "_descend", lambda losses, prefix, log: descend(losses) if prefix == "mix." else None)
+    train(ours, optimizer, 1)
+
+
+def test_hard_labels_and_pictures_have_a_pass_of_the_hosts_own(host):
+    passes = []
+    for dacal, debug in (({"labels": "hard"}, False), ({}, True), ({}, False)):
+        ours, optimizer = made(host, dacal={"learner": "bilevel", "engine": "finite_difference", **dacal})
+        ours.model.decode_head.debug = debug
+        heard = listen(ours)
+        train(ours, optimizer, 1)
+        passes.append(len(heard["passes"]))
+    assert passes[0] == passes[1] == passes[2] + 1
 
 
 def note_result(results, result):
@@ -364,7 +424,7 @@ def note_result(results, result):
 def test_the_engines_agree_on_the_temperatures(host):
     nets = {}
     for engine in ("higher", "finite_difference"):
-        ours, optimizer = made(host, dacal={"learn": "bilevel", "engine": engine, "meta_lr": 0.01}, kind="hrda")
+        ours, optimizer = made(host, dacal={"learner": "bilevel", "engine": engine, "meta_lr": 0.01}, kind="hrda")
         train(ours, optimizer, 3)
         nets[engine] = ours._dacal.learner.temperature_net.last.bias.detach()
     assert nets["higher"].item() == pytest.approx(nets["finite_difference"].item(), rel=1e-2)  # ReLUs
@@ -372,7 +432,7 @@ def test_the_engines_agree_on_the_temperatures(host):
 
 
 def test_the_outer_loss_is_the_hosts_on_the_complementary_mix(host):
-    ours, optimizer = made(host, dacal={"labels": "hard", "learn": "bilevel", "meta_lr": 0.0})
+    ours, optimizer = made(host, dacal={"labels": "hard", "learner": "bilevel", "meta_lr": 0.0})
     for group in optimizer.param_groups:
         group.update(lr=0.0)  # the virtual step goes nowhere
     ours.model.decode_head.dropout.p = 0.0
@@ -398,14 +458,14 @@ def test_the_outer_loss_is_the_hosts_on_the_complementary_mix(host):
 def test_the_gap_can_be_part_of_the_outer_loss(host):
     losses = []
     for outer_loss in ("host", "cross_entropy_and_gap"):
-        ours, optimizer = made(host, dacal={"labels": "hard", "learn": "bilevel", "outer_loss": outer_loss})
+        ours, optimizer = made(host, dacal={"labels": "hard", "learner": "bilevel", "outer_loss": outer_loss})
         losses.append(train(ours, optimizer, 1)[0]["dacal.outer_loss"])
     assert losses[0] != losses[1]
 
 
 @pytest.mark.parametrize("learn", ["fit", "bilevel"])
 def test_a_resumed_run_goes_on_to_the_bit(host, learn):
-    dacal = {"learn": learn, "every": 2, "warmup_iters": 1, "meta_lr": 0.01, "restore_teacher": True}
+    dacal = {"learner": learn, "every": 2, "warmup_iters": 1, "meta_lr": 0.01, "restore_teacher": True}
     dacal["judged_set"] = {"fit": None, "bilevel": "target_blends"}[learn]  # it draws, as the fit does
     straight, optimizer = made(host, dacal=dacal, kind="hrda")
     train(straight, optimizer, 4, images=3)
@@ -427,9 +487,9 @@ def test_a_resumed_run_goes_on_to_the_bit(host, learn):
 
 @pytest.mark.parametrize("learn", ["fit", "bilevel"])
 def test_by_default_a_resumed_run_loses_what_upstream_loses(host, learn):
-    ours, optimizer = made(host, dacal={"learn": learn, "meta_lr": 0.01})
+    ours, optimizer = made(host, dacal={"learner": learn, "meta_lr": 0.01})
     train(ours, optimizer, 2)
-    resumed, _ = made(host, dacal={"learn": learn, "meta_lr": 0.01})
+    resumed, _ = made(host, dacal={"learner": learn, "meta_lr": 0.01})
     resumed.load_state_dict(ours.state_dict())
     assert resumed.local_iter == 0
     assert resumed._dacal.learner.iteration == 2
@@ -440,7 +500,7 @@ def test_by_default_a_resumed_run_loses_what_upstream_loses(host, learn):
 def test_checkpoints_of_the_host_are_taken_and_ours_by_it(host, caplog, learn):
     plain, optimizer = made(host, "DACS")
     train(plain, optimizer, 1)
-    ours, _ = made(host, dacal={"learn": learn})
+    ours, _ = made(host, dacal={"learner": learn})
     with caplog.at_level("WARNING", logger="mmseg"):
         ours.load_state_dict(plain.state_dict())
     assert "no state of DACalDACS" in caplog.text
@@ -451,10 +511,10 @@ def test_checkpoints_of_the_host_are_taken_and_ours_by_it(host, caplog, learn):
 
 
 def test_a_checkpoint_of_another_net_is_refused_and_nothing_changed(host):
-    ours, optimizer = made(host, dacal={"learn": "fit"})
+    ours, optimizer = made(host, dacal={"learner": "fit"})
     train(ours, optimizer, 1)
-    wide, _ = made(host, dacal={"learn": "fit", "hidden_channels": 20})
-    bilevel, _ = made(host, dacal={"learn": "bilevel"})
+    wide, _ = made(host, dacal={"learner": "fit", "hidden_channels": 20})
+    bilevel, _ = made(host, dacal={"learner": "bilevel"})
     for one, other, name in (
         (ours, wide, "TemperatureFit"),
         (ours, bilevel, "TemperatureFit"),
@@ -476,11 +536,11 @@ def test_a_checkpoint_of_another_net_is_refused_and_nothing_changed(host):
 
 @pytest.mark.parametrize("learn", ["fit", "bilevel"])
 def test_a_checkpoint_of_an_old_torch_gives_the_steps_as_this_one_counts_them(host, learn):
-    ours, optimizer = made(host, dacal={"learn": learn})
+    ours, optimizer = made(host, dacal={"learner": learn})
     train(ours, optimizer, 2)
     for kind in (torch.int64, torch.float32):  # torch < 1.12 counts in whole numbers
         flat = {name: value.to(kind) if name.endswith(".step") else value for name, value in ours._dacal.state_dict().items()}
-        again, _ = made(host, dacal={"learn": learn})
+        again, _ = made(host, dacal={"learner": learn})
         again._dacal.load_state_dict(flat)
         one, other = (model._dacal.learner.meta_optimizer.state_dict()["state"][0]["step"] for model in (ours, again))
         assert type(one) is type(other)
@@ -490,7 +550,7 @@ def test_a_checkpoint_of_an_old_torch_gives_the_steps_as_this_one_counts_them(ho
 
 @pytest.mark.parametrize(("learn", "step"), [("fit", "fit"), ("bilevel", "meta-step")])
 def test_the_log_says_what_was_skipped_and_why(host, caplog, learn, step):
-    ours, optimizer = made(host, dacal={"learn": learn, "warmup_iters": 2, "every": 2})
+    ours, optimizer = made(host, dacal={"learner": learn, "warmup_iters": 2, "every": 2})
     with caplog.at_level("INFO", logger="mmseg"):
         logs = train(ours, optimizer, 6)
     # Every name at every iteration: mmcv's log goes on to show the last values of a name that is gone.
@@ -506,9 +566,19 @@ def test_the_log_says_what_was_skipped_and_why(host, caplog, learn, step):
     assert logs[-1]["dacal.temperature_min"] <= logs[-1]["dacal.temperature_mean"] <= logs[-1]["dacal.temperature_max"]
 
 
+def test_settings_that_cannot_work_are_said_at_the_first_iteration(host, caplog):
+    ours, optimizer = made(host, dacal={"warmup_iters": 3000})
+    ours.max_iters = 2000  # as the hosts' class takes it from the config
+    with caplog.at_level("INFO", logger="mmseg"):
+        train(ours, optimizer, 2)
+    first, *others = caplog.records
+    assert (first.levelname, len(others)) == ("WARNING", 1)  # the other: that this is the warm-up
+    assert "dacal: temperatures never learn: warmup_iters=3000, and the run has 2000 iterations" in first.getMessage()
+
+
 @pytest.mark.parametrize("learn", ["fit", "bilevel"])
 def test_what_is_not_finite_is_skipped_with_a_warning(host, learn, caplog):
-    ours, optimizer = made(host, dacal={"learn": learn})
+    ours, optimizer = made(host, dacal={"learner": learn})
     train(ours, optimizer, 1)
     before = ours._dacal.learner.temperature_net.last.bias.clone()
     bad = batch(1)
@@ -524,7 +594,7 @@ def test_what_is_not_finite_is_skipped_with_a_warning(host, learn, caplog):
 
 
 def test_blends_on_which_the_teacher_overflows_are_skipped(host):
-    ours, optimizer = made(host, dacal={"learn": "fit"})
+    ours, optimizer = made(host, dacal={"learner": "fit"})
     train(ours, optimizer, 1)
     before, calls = copy.deepcopy(ours._dacal.learner.temperature_net.state_dict()), []
 
@@ -546,7 +616,7 @@ def test_temperature_maps_lie_beside_the_hosts_pictures_and_cost_no_run(host, tm
     for folder in ("class_mix_debug", "debug"):
         work = tmp_path / folder
         (work / folder).mkdir(parents=True)
-        ours, optimizer = made(host, dacal={"learn": learn}, work_dir=str(work))
+        ours, optimizer = made(host, dacal={"learner": learn}, work_dir=str(work))
         ours.debug_img_interval = 2
         train(ours, optimizer, 3)
         assert sorted(path.name for path in (work / folder).iterdir()) == ["000001_temperature.png", "000003_temperature.png"]
@@ -562,7 +632,7 @@ def test_temperature_maps_lie_beside_the_hosts_pictures_and_cost_no_run(host, tm
 def test_debug_pictures_of_the_host_are_not_made_by_the_meta_step(host, engine):
     pictures = sys.modules["mmseg.models.segmentors"].pictures
     made_by = {}
-    for name, dacal in (("DACS", None), ("DACalDACS", {"learn": "bilevel", "engine": engine})):
+    for name, dacal in (("DACS", None), ("DACalDACS", {"learner": "bilevel", "engine": engine})):
         model, optimizer = made(host, name, dacal=dacal)
         model.model.decode_head.debug = True
         pictures.clear()
@@ -574,7 +644,7 @@ def test_debug_pictures_of_the_host_are_not_made_by_the_meta_step(host, engine):
 
 @pytest.mark.parametrize("learn", ["fit", "bilevel"])
 def test_nothing_is_left_on_the_host_also_after_an_error(host, learn):
-    ours, optimizer = made(host, dacal={"learn": learn}, mask_mode="separatetrg", own_teacher=True)
+    ours, optimizer = made(host, dacal={"learner": learn}, mask_mode="separatetrg", own_teacher=True)
     module = sys.modules["mmseg.models.uda.dacs"]
     before = module.get_class_masks, module.cross_entropy if hasattr(module, "cross_entropy") else None
     bad = batch(0)
@@ -591,7 +661,7 @@ def test_nothing_is_left_on_the_host_also_after_an_error(host, learn):
 
 @pytest.mark.parametrize("learn", ["fit", "bilevel"])
 def test_a_host_with_another_order_of_calls_is_refused(host, learn):
-    ours, optimizer = made(host, dacal={"learn": learn})
+    ours, optimizer = made(host, dacal={"learner": learn})
     module = sys.modules["mmseg.models.uda.dacs"]
     ours.forward_train = lambda **b: type(ours).forward_train(ours, **b)
     kept = module.DACS.forward_train
@@ -610,7 +680,7 @@ def test_what_upstream_does_not_support_is_refused(host, monkeypatch):
         made(host, dacal={}, loss={"use_sigmoid": True})
     made(host, dacal={"labels": "hard", "every": 0}, loss={"use_sigmoid": True})
     for learn in ("bilevel", "fit"):
-        ours, optimizer = made(host, dacal={"learn": learn})
+        ours, optimizer = made(host, dacal={"learner": learn})
         ours.model.decode_head.fp16_enabled = True
         with pytest.raises(RuntimeError, match="expected float32 training, got fp16"):
             train(ours, optimizer, 1)
@@ -620,12 +690,12 @@ def test_what_upstream_does_not_support_is_refused(host, monkeypatch):
             patch.setattr(torch.distributed, "get_world_size", lambda: 4)
             with pytest.raises(RuntimeError, match="expected one process, got 4 processes"):
                 train(ours, optimizer, 1)
-    bilevel, _ = made(host, dacal={"learn": "bilevel", "warmup_iters": 5})
+    bilevel, _ = made(host, dacal={"learner": "bilevel", "warmup_iters": 5})
     for kind in (torch.optim.LBFGS, torch.optim.Rprop):
         with pytest.raises((ValueError, TypeError), match="hypergradient"):
             train(bilevel, kind(bilevel.model.parameters()), 1)
     # The fit takes no virtual step, so that any optimizer will do.
-    assert ours._dacal.options.learn == "fit"
+    assert ours._dacal.options.learner == "fit"
     train(ours, torch.optim.Rprop(ours.model.parameters()), 1)
 
 
@@ -647,7 +717,7 @@ def test_one_hot_labels_give_the_hosts_number(host, reduction, avg_factor):
 
 def test_without_a_weight_nothing_is_learned(host):
     for learn in ("fit", "bilevel"):
-        ours, optimizer = made(host, dacal={"learn": learn})
+        ours, optimizer = made(host, dacal={"learner": learn})
         valid = torch.zeros(2, 1, 16, 16)
         (log,) = train(ours, optimizer, 1, valid_pseudo_mask=valid)
         assert log["dacal.skipped_unweighted"] == 1.0
@@ -658,23 +728,23 @@ def test_by_default_the_learners_own_judged_set_is_used_and_another_can_be_named
     losses = {}
     for learn in ("fit", "bilevel"):
         for judged_set in (None, "differing_blends", "source_and_target_pixels", "source_pixels"):
-            ours, optimizer = made(host, dacal={"learn": learn, "judged_set": judged_set})
+            ours, optimizer = made(host, dacal={"learner": learn, "judged_set": judged_set})
             (log,) = train(ours, optimizer, 1)
             losses[learn, judged_set] = log[{"fit": "dacal.fit_loss", "bilevel": "dacal.outer_loss"}[learn]]
     assert losses["fit", None] == losses["fit", "differing_blends"] != losses["fit", "source_pixels"]
     assert losses["bilevel", None] == losses["bilevel", "source_and_target_pixels"] != losses["bilevel", "differing_blends"]
-    ours, optimizer = made(host, dacal={"learn": "fit", "judged_set": "source_pixels"})
+    ours, optimizer = made(host, dacal={"learner": "fit", "judged_set": "source_pixels"})
     train(ours, optimizer, 1, images=1)
-    ours, optimizer = made(host, dacal={"learn": "bilevel", "judged_set": "target_blends"})
+    ours, optimizer = made(host, dacal={"learner": "bilevel", "judged_set": "target_blends"})
     with pytest.raises(ValueError, match=r"at least 2 target images .* or uda\.dacal\.judged_set='source_and_target_pixels'"):
         train(ours, optimizer, 1, images=1)
 
 
 def test_the_learner_is_there_before_the_optimizer(host):
     # Hosts load a checkpoint before they build theirs.
-    ours, optimizer = made(host, dacal={"learn": "bilevel"})
+    ours, optimizer = made(host, dacal={"learner": "bilevel"})
     train(ours, optimizer, 2)
-    resumed, other = made(host, dacal={"learn": "bilevel"})
+    resumed, other = made(host, dacal={"learner": "bilevel"})
     assert resumed._dacal.learner.optimizer is None
     resumed.load_state_dict(ours.state_dict())
     assert resumed._dacal.learner.iteration == 2
@@ -683,15 +753,15 @@ def test_the_learner_is_there_before_the_optimizer(host):
 
 
 def test_the_virtual_step_clips_as_the_host_says(host):
-    ours, optimizer = made(host, dacal={"learn": "bilevel", "clip_norm": 5})
+    ours, optimizer = made(host, dacal={"learner": "bilevel", "clip_norm": 5})
     assert ours._dacal.learner.clip_norm == 5
     losses = {}
     for clip_norm in (None, 1e6, 1e-3):
-        ours, _ = made(host, dacal={"learn": "bilevel", "clip_norm": clip_norm})
+        ours, _ = made(host, dacal={"learner": "bilevel", "clip_norm": clip_norm})
         sgd = torch.optim.SGD(ours.model.parameters(), lr=0.5)
         losses[clip_norm] = train(ours, sgd, 1)[0]["dacal.outer_loss"]
     assert losses[None] == losses[1e6] != losses[1e-3]
-    fit, _ = made(host, dacal={"learn": "fit", "clip_norm": 5})  # of no matter
+    fit, _ = made(host, dacal={"learner": "fit", "clip_norm": 5})  # of no matter
     train(fit, optimizer, 1)
 
 
@@ -699,7 +769,7 @@ def test_the_virtual_step_clips_as_the_host_says(host):
 def test_a_resumed_teacher_keeps_no_graph(host, restore):
     # Upstream detaches the teachers at iteration 0, which a resumed run does not have.
     for learn in ("fit", "bilevel"):
-        cfg = {"dacal": {"learn": learn, "restore_teacher": restore}, **KINDS["mic, own teacher"]}
+        cfg = {"dacal": {"learner": learn, "restore_teacher": restore}, **KINDS["mic, own teacher"]}
         ours, optimizer = made(host, **cfg)
         train(ours, optimizer, 1)
         resumed, other = made(host, **cfg)
@@ -731,7 +801,7 @@ def test_on_padding_the_hosts_weights_decide_and_nothing_else(host, learn, monke
     soft = TaughtHeads.soft
     monkeypatch.setattr(TaughtHeads, "soft", lambda self, hard, label: soft(self, hard, note(lessons, label)))
     for extra in ({}, {"valid_pseudo_mask": valid}):
-        ours, optimizer = made(host, dacal={"learn": learn, "every": 0})
+        ours, optimizer = made(host, dacal={"learner": learn, "every": 0})
         logs += train(ours, optimizer, 1, **extra)
     assert logs[0]["mix.decode.loss_seg"] == logs[1]["mix.decode.loss_seg"]
     assert torch.equal(*lessons)
@@ -787,17 +857,17 @@ def trained_fork(host, name, iterations=3, dacal=None, change=None, **cfg):
 def test_forks_learn_soft_labels_and_lose_nothing(forks, name, learn):
     plain, expected = trained_fork(forks, name)
     kept = random_states()
-    hard, logs = trained_fork(forks, name, dacal={"learn": learn, "labels": "hard"})
+    hard, logs = trained_fork(forks, name, dacal={"learner": learn, "labels": "hard"})
     assert isinstance(hard, forks[name])
     assert [{k: v for k, v in log.items() if not k.startswith("dacal.")} for log in logs] == expected
     assert same(state(hard), state(plain))
     assert random_states() == kept
-    soft, logs = trained_fork(forks, name, dacal={"learn": learn, "meta_lr": 0.01})
+    soft, logs = trained_fork(forks, name, dacal={"learner": learn, "meta_lr": 0.01})
     assert logs[0]["decode.loss_seg"] == expected[0]["decode.loss_seg"]
     assert logs[0]["mix.decode.loss_seg"] != expected[0]["mix.decode.loss_seg"]
     assert not any(value for log in logs for kind, value in log.items() if "skipped" in kind)
     assert logs[-1]["dacal.temperature_mean"] != 1.0
-    other, _ = trained_fork(forks, name, dacal={"learn": learn}, iterations=0)
+    other, _ = trained_fork(forks, name, dacal={"learner": learn}, iterations=0)
     assert type(other) is type(soft)  # one class for all
     other.load_state_dict(soft.state_dict())
     assert other._dacal.learner.iteration == 3
@@ -811,7 +881,7 @@ def test_the_virtual_step_enters_a_forks_student_as_the_fork_does(forks, name, e
     monkeypatch.setattr(bilevel, "hypergradient", lambda *a, **k: note_result(results, hypergradient(*a, **k)))
     if (name, engine) == ("PiPa", "higher"):
         return  # which knows no way in
-    _, logs = trained_fork(forks, name, dacal={"learn": "bilevel", "meta_lr": 0.0, "engine": engine})
+    _, logs = trained_fork(forks, name, dacal={"learner": "bilevel", "meta_lr": 0.0, "engine": engine})
     for log, result in zip(logs, results):
         assert float(result.inner_loss) == pytest.approx(log["mix.decode.loss_seg"], rel=1e-6)
     assert len(results) == 3
@@ -827,7 +897,7 @@ def test_a_forks_teacher_is_asked_about_blends_as_the_fork_asks_it(forks, monkey
         return asked(self, img, img_metas, upscale_pred, levels)
 
     monkeypatch.setattr(kind, "encode_decode", encode_decode)
-    trained_fork(forks, "gta2csDACS", dacal={"learn": "fit"}, iterations=2)
+    trained_fork(forks, "gta2csDACS", dacal={"learner": "fit"}, iterations=2)
     assert levels == [1, 1, 1, 1]
 
 
@@ -839,7 +909,7 @@ def test_blends_are_made_of_what_a_forks_teacher_sees(forks):
         model.teacher_labels = lambda img, metas: labels(0.5 * img, metas)
         network.backbone.register_forward_pre_hook(lambda module, inputs: asked.append(inputs[0]))
 
-    trained_fork(forks, "Fork", dacal={"learn": "fit"}, iterations=1, change=change)
+    trained_fork(forks, "Fork", dacal={"learner": "fit"}, iterations=1, change=change)
     seen, blends = asked
     assert torch.equal(seen, 0.5 * fork_batch(0)["target_img"])
     assert torch.allclose(blends, 0.65 * seen + 0.35 * seen.flip(0))
@@ -860,13 +930,13 @@ def test_further_passes_of_a_fork_keep_its_labels(forks, learn):
 
             model.mixed_losses = mixed_losses
 
-        _, logs = trained_fork(forks, "Fork", dacal={"labels": labels, "learn": learn}, iterations=1, change=change)
+        _, logs = trained_fork(forks, "Fork", dacal={"labels": labels, "learner": learn}, iterations=1, change=change)
         assert logs[0]["mix.decode.loss_seg"] != losses[0]  # other dropout
     assert further["soft"] == further["hard"]
 
 
 def test_the_meta_step_keeps_nothing_of_an_iteration(host):
-    ours, optimizer = made(host, dacal={"learn": "bilevel"})
+    ours, optimizer = made(host, dacal={"learner": "bilevel"})
     train(ours, optimizer, 1)
     with pytest.raises(RuntimeError, match=r"HostCalibrationStep: expected the host's call of its student, got none"):
         ours._dacal.learner.loss_on_mixed(ours.model, None, None, None)
@@ -874,7 +944,7 @@ def test_the_meta_step_keeps_nothing_of_an_iteration(host):
 
 @pytest.mark.parametrize("learn", ["fit", "bilevel"])
 def test_iterations_without_learning_are_counted(host, learn):
-    ours, optimizer = made(host, dacal={"learn": learn, "every": 0})
+    ours, optimizer = made(host, dacal={"learner": learn, "every": 0})
     train(ours, optimizer, 2)
     assert ours._dacal.learner.iteration == int(ours.state_dict()["dacal.iteration"]) == 2
 
@@ -908,9 +978,9 @@ ANSWERS = {
 @pytest.mark.parametrize("answer", ANSWERS)
 @pytest.mark.parametrize("learn", ["fit", "bilevel"])
 def test_the_teachers_logits_are_found(forks, answer, caplog, learn):
-    _, expected = trained_fork(forks, "Fork", dacal={"learn": learn})
+    _, expected = trained_fork(forks, "Fork", dacal={"learner": learn})
     with caplog.at_level("INFO", logger="mmseg"):
-        _, logs = trained_fork(forks, "Fork", dacal={"learn": learn}, change=answering(ANSWERS[answer]))
+        _, logs = trained_fork(forks, "Fork", dacal={"learner": learn}, change=answering(ANSWERS[answer]))
     assert logs == expected
     said = [record.getMessage() for record in caplog.records if "entry" in record.getMessage()]
     begins = {
@@ -931,7 +1001,7 @@ def test_small_logits_are_interpolated(forks):
 
     for learn in ("fit", "bilevel"):
         logs = [
-            trained_fork(forks, "Fork", dacal={"learn": learn}, change=answering(way))[1] for way in (small, small_and_back)
+            trained_fork(forks, "Fork", dacal={"learner": learn}, change=answering(way))[1] for way in (small, small_and_back)
         ]
         assert logs[0] == logs[1]
 
@@ -945,7 +1015,7 @@ def test_where_several_entries_could_be_logits_one_must_be_named(forks, learn):
         r"uda\.dacal: expected the teacher's encode_decode to return logits \(N, 4, h, w\), alone or as one entry, "
         r"got dict of 'main': float32 .*; say which entry is meant, for example uda\.dacal\.logits_of='main'"
     )
-    own = {"learn": learn}
+    own = {"learner": learn}
     with pytest.raises(TypeError, match=message):
         trained_fork(forks, "Fork", dacal=own, change=answering(two), iterations=1)
     _, expected = trained_fork(forks, "Fork", dacal=own)
@@ -961,7 +1031,7 @@ def test_where_several_entries_could_be_logits_one_must_be_named(forks, learn):
 def test_what_is_not_understood_fails_at_the_first_iteration_with_what_was_found(forks, monkeypatch, learn):
     def refused(message, error=TypeError, name="Fork", dacal=None, **options):
         with pytest.raises(error, match=message):
-            trained_fork(forks, name, dacal={"learn": learn, "warmup_iters": 5, **(dacal or {})}, iterations=1, **options)
+            trained_fork(forks, name, dacal={"learner": learn, "warmup_iters": 5, **(dacal or {})}, iterations=1, **options)
 
     def with_features_alone(z):
         return {"features": torch.zeros(2, 64, 4, 4), "aux": None}
@@ -996,7 +1066,7 @@ def test_what_is_not_understood_fails_at_the_first_iteration_with_what_was_found
         model.model.forward_train = lambda x, metas, y, w=None, return_feat=False: forward_train(x, metas, y, w, return_feat)
 
     refused(r"to be called with gt_semantic_seg, got \(x, metas, y, w, return_feat\)", change=other_names)
-    by_higher = {"learn": "bilevel", "engine": "higher"}
+    by_higher = {"learner": "bilevel", "engine": "higher"}
     message = r"forward_train begins with img, img_metas .*, got forward_train\(stage, img, .*; choose engine='auto'"
     refused(message, ValueError, name="PiPa", dacal=by_higher)
 
@@ -1007,7 +1077,7 @@ def test_what_is_not_understood_fails_at_the_first_iteration_with_what_was_found
             img, img_metas, gt_semantic_seg, return_feat=return_feat
         )
 
-    refused("to take seg_weight, got ", dacal={"learn": "bilevel"}, change=without_weight)
+    refused("to take seg_weight, got ", dacal={"learner": "bilevel"}, change=without_weight)
     module = sys.modules["mmseg.models.uda.dacs_infer"]
     masks = module.get_class_masks
     monkeypatch.setattr(module, "get_class_masks", lambda label: [torch.cat(masks(label))])
@@ -1036,7 +1106,7 @@ def test_a_threshold_of_none_gives_every_label_a_weight(forks, monkeypatch):
     teacher = sys.modules["mmseg.models.uda.teacher"].Teacher
     made_teacher = teacher.__init__
     monkeypatch.setattr(teacher, "__init__", lambda self, model: made_teacher(self, model, threshold=None))
-    model, logs = trained_fork(forks, "SiamSeg", dacal={"learn": "fit"}, change=change)
+    model, logs = trained_fork(forks, "SiamSeg", dacal={"learner": "fit"}, change=change)
     assert model._dacal.labeler.weight == "none"
     assert "dacal.fit_loss" in logs[0]
 
@@ -1091,7 +1161,7 @@ TAUGHT = {
     "the host's": ({"type": "DACS"}, "hard"),
     "another": (None, "hard"),
     "ours, hard": ({"type": "DACalDACS", "dacal": {"labels": "hard"}}, "hard"),
-    "ours": ({"type": "DACalDACS", "dacal": {"learn": "fit"}}, "soft"),
+    "ours": ({"type": "DACalDACS", "dacal": {"learner": "fit"}}, "soft"),
     "ours, soft": ({"type": "DACalDACS", "dacal": {"labels": "soft"}}, "soft"),
     "ours, without options": ({"type": "DACalDACS"}, "soft"),
 }

@@ -99,7 +99,7 @@ def upstream(host, data, tmp_path_factory):
 
 @pytest.mark.parametrize(("learn", "every"), [("fit", 0), ("fit", 1), ("bilevel", 1)])
 def test_with_hard_labels_every_number_is_upstreams(host, data, upstream, tmp_path, learn, every):
-    changes = ("uda.dacal.labels=hard", f"uda.dacal.learn={learn}", f"uda.dacal.every={every}")
+    changes = ("uda.dacal.labels=hard", f"uda.dacal.learner={learn}", f"uda.dacal.every={every}")
     rows, state = run(host, data, tmp_path, *changes)
     assert repr(losses(rows)) == repr(
         [{k: v for k, v in row.items() if not k.startswith("dacal")} for row in losses(upstream[0])]
@@ -110,7 +110,7 @@ def test_with_hard_labels_every_number_is_upstreams(host, data, upstream, tmp_pa
 
 @pytest.mark.parametrize(("config", "learn"), [("gta2cs", "fit"), ("synthia2cs", "bilevel"), ("cs2acdc", "fit")])
 def test_it_trains(host, data, upstream, tmp_path, config, learn):
-    rows, state = run(host, data, tmp_path, f"uda.dacal.learn={learn}", "uda.dacal.every=1", config=config, iters=5)
+    rows, state = run(host, data, tmp_path, f"uda.dacal.learner={learn}", "uda.dacal.every=1", config=config, iters=5)
     assert len(rows) == 5
     for row in rows:
         values = {name: value for name, value in row.items() if "loss_seg" in name or name.startswith("dacal.")}
@@ -145,14 +145,14 @@ def test_as_the_config_has_it_the_papers_step_is_taken_at_every_fourth_iteration
 def test_the_engines_agree(host, data, tmp_path):
     found = {}
     for engine in ("higher", "finite_difference"):
-        rows, _ = run(host, data, tmp_path / engine, "uda.dacal.learn=bilevel", f"uda.dacal.engine={engine}", iters=3)
+        rows, _ = run(host, data, tmp_path / engine, "uda.dacal.learner=bilevel", f"uda.dacal.engine={engine}", iters=3)
         found[engine] = rows[-1]["dacal.outer_loss"], rows[-1]["dacal.hypergradient_log10"]
     assert found["higher"] == pytest.approx(found["finite_difference"], rel=1e-3)
 
 
 @pytest.mark.parametrize("learn", ["fit", "bilevel"])
 def test_a_killed_run_is_resumed_where_it_was(host, data, tmp_path, learn):
-    own = (f"uda.dacal.learn={learn}", "uda.dacal.every=1", "uda.dacal.meta_lr=0.01")
+    own = (f"uda.dacal.learner={learn}", "uda.dacal.every=1", "uda.dacal.meta_lr=0.01")
     changes = ("checkpoint_config.interval=3", *own, "uda.dacal.restore_teacher=True")
     process = start(host, data, tmp_path, *changes, iters=2000)
     saved = tmp_path / "iter_3.pth"

@@ -2,8 +2,8 @@
 
 import logging
 import math
-from contextlib import nullcontext
-from typing import Any, Dict, Mapping, Optional, Type
+from contextlib import ExitStack
+from typing import Any, Dict, Mapping, NamedTuple, Optional, Type
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,12 @@ from .._check import problem
 from ..learners import LEARNERS, BilevelCalibrationStep, CalibrationStepResult, Learner, Skip, SkipKind
 from ..learners.judged_sets import NEED_TWO_IMAGES
 from ..learners.networks import Network
+from ..learners.skips import waiting
 from ..pseudo_labels import SoftPseudoLabeler
 from ..temperature import MetaTemperatureNet
 from . import checkpoint
 from .criterion import TaughtHeads
+from .doubts import Run, doubts
 from .listening import Call
 from .meta_step import HostCalibrationStep
 from .options import HostOptions
@@ -23,6 +25,16 @@ from .teachers import TeacherLogits
 
 IGNORE = 255  # of mmseg's heads, and of its class masks
 _STEP = {"bilevel": "meta-step"}  # what the log calls a step
+
+
+class Told(NamedTuple):
+    """What an iteration of the learner gives the host."""
+
+    variables: Dict[str, float]
+    """For its log."""
+    losses: Optional[Dict[str, Any]] = None
+    """What its student has returned to its call on the mixed images and has been trained on already; None: it has not yet been
+    called."""
 
 
 class Calibration:
@@ -52,7 +64,7 @@ class Calibration:
         self.options = options
         self.heads = heads
         self.logits = TeacherLogits(num_classes, options.logits_of, logger=logger)
-        kind: Type[Learner] = HostCalibrationStep if options.learn == "bilevel" else LEARNERS[options.learn]
+        kind: Type[Learner] = HostCalibrationStep if options.learner == "bilevel" else LEARNERS[options.learner]
         net = MetaTemperatureNet(
             num_classes,
             hidden_channels=options.hidden_channels,
@@ -68,7 +80,7 @@ class Calibration:
             ignore_bottom=ignore_bottom,
         )
         own: Dict[str, Any] = {}
-        if options.learn == "bilevel":
+        if options.learner == "bilevel":
             own = {"heads": heads, "engine": options.engine, "clip_norm": options.clip_norm}
         self.learner = kind.for_loop(
             self.labeler,
@@ -87,6 +99,7 @@ class Calibration:
         self._student_optimizer: Any = None
         self._logger = logger
         self._said: Optional[SkipKind] = None
+        self._doubted = False
 
     def meet(self, student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Take note of the optimizer that this iteration uses; refuse, at the first one, what would go wrong later.
@@ -111,10 +124,25 @@ class Calibration:
         """Refuse, also during the warm-up, what cannot be blended."""
         judged_set = self.options.judged_set or self.learner.defaults.judged_set
         if self.options.every and judged_set in NEED_TWO_IMAGES and len(target) < 2:
-            other = "learn='bilevel'" if self.options.judged_set is None else "judged_set='source_and_target_pixels'"
+            other = "learner='bilevel'" if self.options.judged_set is None else "judged_set='source_and_target_pixels'"
             expected = "batches of at least 2 target images to blend"
             remedy = f"use data.samples_per_gpu >= 2 or uda.dacal.{other}"
             raise problem("DACalDACS", expected=expected, got=f"{len(target)}", remedy=remedy)
+
+    def doubt(self, target: Tensor, *, iterations: Optional[int]) -> None:
+        """Warn, at the first iteration, of settings that cannot work together.
+
+        Args:
+            target: the batch's (N, K, H, W).
+            iterations: of the whole run, where the host knows.
+        """
+        if self._doubted:
+            return
+        self._doubted = True
+        ignored_rows = self.labeler.ignore_top + self.labeler.ignore_bottom
+        run = Run(iterations=iterations, ignored_rows=ignored_rows, height=target.shape[-2])
+        for one in doubts(self.options, run):
+            self._logger.warning("dacal: %s", one)
 
     def to(self, device: torch.device) -> None:
         """The hosts move their module, of which the net is no part."""
@@ -133,20 +161,27 @@ class Calibration:
         mask: Tensor,
         valid: Optional[Tensor],
         mixed: Call,
-    ) -> Dict[str, float]:
-        """One iteration of the learner; returns its variables for the host's log.
+        share: bool = False,
+    ) -> Told:
+        """One iteration of the learner.
 
         Args:
             source_image, source_label, target_image, teacher_image, mask, valid: as a learner takes them.
             logits: the teacher's, on the target images.
             teacher: asked about further images, returns logits.
             mixed: how the host is going to call its student on the mixed images.
+            share: whether the meta-step's first pass may be that call, with the labels of the temperatures before the step.
         """
         if not self.options.every:
             self.learner.iteration += 1  # so that a run that is resumed with another `every` has had its warm-up
-            return self._told(CalibrationStepResult(skipped=Skip(SkipKind.EVERY, "every=0: temperatures do not learn")))
-        with self.learner.about(mixed) if isinstance(self.learner, HostCalibrationStep) else nullcontext():
-            result = self.learner(
+            skip = Skip(SkipKind.EVERY, "every=0: temperatures do not learn")
+            return Told(self._variables(CalibrationStepResult(skipped=skip)))
+        learner, inner = self.learner, None
+        with ExitStack() as stack:
+            if isinstance(learner, HostCalibrationStep):
+                inner = stack.enter_context(learner.about(mixed))
+                share = share and waiting(learner.iteration, warmup=learner.warmup, every=learner.every) is None
+            result = learner(
                 source_image,
                 source_label,
                 target_image,
@@ -155,8 +190,9 @@ class Calibration:
                 teacher_image=teacher_image,
                 mask=mask,
                 valid=valid,
+                backward=inner is not None and share,
             )
-        return self._told(result)
+        return Told(self._variables(result), inner.for_host() if inner is not None and share else None)
 
     def state_dict(self) -> Dict[str, Tensor]:
         """Everything that a resumed run needs, as tensors under flat names."""
@@ -174,14 +210,14 @@ class Calibration:
         checkpoint.restore(flat, self.learner)
         self.local_iter = int(flat["local_iter"])
 
-    def _told(self, result: CalibrationStepResult) -> Dict[str, float]:
+    def _variables(self, result: CalibrationStepResult) -> Dict[str, float]:
         """The variables for the host's log; and a line in it where temperatures do not learn for another reason than before."""
         skip = result.skipped
         self._say(skip)
         # All kinds at every iteration: mmcv goes on to report the last values of what is not there any more.
         variables = {f"dacal.skipped_{kind.value}": float(skip is not None and skip.kind is kind) for kind in SkipKind}
-        figures = {f"{self.options.learn}_loss": result.outer_loss_before}
-        if self.options.learn == "bilevel":
+        figures = {f"{self.options.learner}_loss": result.outer_loss_before}
+        if self.options.learner == "bilevel":
             figures = {"outer_loss": result.outer_loss_after, "hypergradient_log10": _log10(result.hypergradient_norm)}
         variables.update({f"dacal.{name}": value for name, value in figures.items() if math.isfinite(value)})
         return variables
@@ -191,7 +227,7 @@ class Calibration:
         if kind is self._said or kind is SkipKind.EVERY:
             return
         level = logging.WARNING if kind is SkipKind.NOT_FINITE else logging.INFO
-        step = _STEP.get(self.options.learn, self.options.learn)
+        step = _STEP.get(self.options.learner, self.options.learner)
         self._logger.log(level, "dacal: %s", f"{step}s begin" if skip is None else f"no {step} ({skip})")
         self._said = kind
 

@@ -14,7 +14,7 @@ from ..mixing import mix
 from ..preserve import preserved
 from ..pseudo_labels import SoftPseudoLabels
 from .calibration import IGNORE, Calibration
-from .listening import Call, FirstCall, shadowed, unshadowed, without_pictures
+from .listening import Call, FirstCall, shadowed, unshadowed, wants_pictures, without_pictures
 from .meta_step import IMAGE, LABEL
 from .teachers import network_of, teacher_of
 
@@ -106,31 +106,44 @@ class DacsIteration:
                 return call()
             hard_label = call.argument(LABEL).contiguous()  # whose windows `criterion` can tell
             call = call.changed(**{LABEL: hard_label})
-            soft_label = self._mixed(call) if self.labels is None else self._masked(hard_label)
-            if soft_label is None or self.calibration.options.labels == "hard":
-                return call()
-            with self.calibration.heads.soft(hard_label, soft_label):
-                return call()
+            if self.labels is None:
+                return self._mixed(call)
+            return self._taught(call, self._masked(hard_label))
 
         return called
 
-    def _mixed(self, call: Call) -> Tensor:
-        """Before the pass on mixed images: learn the temperatures, and label the target. Returns the mixed soft label."""
+    def _taught(self, call: Call, soft_label: Optional[Tensor]) -> Any:
+        """The student's own answer to a call, taught a soft label where there is one and labels are to be soft."""
+        if soft_label is None or self.calibration.options.labels == "hard":
+            return call()
+        with self.calibration.heads.soft(call.argument(LABEL), soft_label):
+            return call()
+
+    def _mixed(self, call: Call) -> Any:
+        """The pass on mixed images; before it, or in it, the temperatures learn."""
         mask = self._mask()
-        self._learn(call, mask)
+        losses = self._learn(call, mask)
         with torch.no_grad():
             # Without `valid`: which pixels count in the student's passes, the host's own weights say.
             self.labels = self.calibration.labeler(self.teacher.kept, ignore_index=IGNORE)
             temperature = self.labels.temperature
-            for name, value in (("mean", temperature.mean()), ("min", temperature.min()), ("max", temperature.max())):
-                self.log_vars[f"dacal.temperature_{name}"] = float(value)
-            return mix(mask, self.batch.label, self.labels.soft_label, ignore_index=IGNORE)
+            extremes = torch.stack([temperature.mean(), temperature.min(), temperature.max()])
+            # One transfer from the device, and not three.
+            for name, value in zip(("mean", "min", "max"), extremes.tolist()):
+                self.log_vars[f"dacal.temperature_{name}"] = value
+            if losses is not None:
+                return losses
+            soft_label = mix(mask, self.batch.label, self.labels.soft_label, ignore_index=IGNORE)
+        return self._taught(call, soft_label)
 
-    def _learn(self, call: Call, mask: Tensor) -> None:
+    def _learn(self, call: Call, mask: Tensor) -> Optional[Dict[str, Any]]:
+        """What the student has returned to the call, if a meta-step has made its pass."""
         assert self.teacher.call is not None  # `_student` has waited for it
-        student = self.host.get_model()
+        student, options = self.host.get_model(), self.calibration.options
+        # Where the host wants pictures of the pass, it makes it.
+        share = options.share_pass and options.labels == "soft" and not wants_pictures(student)
         with unshadowed(student, "forward_train"), without_pictures(student):
-            variables = self.calibration.learn(
+            told = self.calibration.learn(
                 self.batch.image,
                 self.batch.label,
                 self.batch.target,
@@ -140,8 +153,10 @@ class DacsIteration:
                 mask=mask,
                 valid=self.batch.valid,
                 mixed=call,
+                share=share,
             )
-        self.log_vars.update(variables)
+        self.log_vars.update(told.variables)
+        return told.losses
 
     def _mask(self) -> Tensor:
         """(N, 1, H, W) bool, True = source pixel."""

@@ -3,7 +3,7 @@
 import inspect
 from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
-from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
 from torch import nn
 
@@ -53,14 +53,17 @@ def unshadowed(owner: Any, name: str) -> Iterator[None]:
         own[name] = shadow
 
 
+def wants_pictures(network: nn.Module) -> List[nn.Module]:
+    """The modules that make debug images in a pass: mmseg's heads do while their `debug` is set."""
+    return [module for module in network.modules() if vars(module).get("debug")]
+
+
 @contextmanager
 def without_pictures(network: nn.Module) -> Iterator[None]:
-    """Inside, the network makes no debug images (mmseg's heads do while their `debug` is set): a pass that the host does not
-    make has no use for them."""
+    """Inside, the network makes no debug images: a pass that the host does not make has no use for them."""
     with ExitStack() as stack:
-        for module in network.modules():
-            if vars(module).get("debug"):
-                stack.enter_context(shadowed(module, "debug", lambda debug: False))
+        for module in wants_pictures(network):
+            stack.enter_context(shadowed(module, "debug", lambda debug: False))
         yield
 
 

@@ -13,6 +13,7 @@ from ..losses import OuterLoss
 from ..pseudo_labels import SoftPseudoLabeler
 from .criterion import TaughtHeads
 from .listening import Call
+from .shared_pass import InnerPass
 
 IMAGE, METAS, LABEL, WEIGHT = "img", "img_metas", "gt_semantic_seg", "seg_weight"
 """What mmseg's students call the arguments of `forward_train`."""
@@ -44,10 +45,12 @@ class HostCalibrationStep(BilevelCalibrationStep):
         self.heads = heads
         self.judge: Optional[OuterLoss] = None if outer_loss is None else self.outer_loss
         self._mixed: Optional[Call] = None
+        self._inner = InnerPass()
 
     @contextmanager
-    def about(self, mixed: Call) -> Iterator[None]:
-        """Inside, `mixed` is how the host is going to call its student on the mixed images.
+    def about(self, mixed: Call) -> Iterator[InnerPass]:
+        """Inside, `mixed` is how the host is going to call its student on the mixed images; yields what that call returns, once
+        a pass has been made.
 
         Raises:
             TypeError, ValueError: the student cannot be called like that on other images. Now, and not after the warm-up.
@@ -57,16 +60,18 @@ class HostCalibrationStep(BilevelCalibrationStep):
             expected = f"a student whose forward_train begins with {IMAGE}, {METAS} (engine 'higher' knows no other way in)"
             got = f"forward_train({', '.join(mixed.arguments)})"
             raise problem("uda.dacal", expected=expected, got=got, remedy="choose engine='auto'")
-        self._mixed = mixed
+        self._mixed, self._inner = mixed, InnerPass()
         try:
-            yield
+            yield self._inner
         finally:
-            self._mixed = None  # the host's images and graphs are not kept
+            self._mixed, self._inner = None, InnerPass()  # the host's images and graphs are not kept
 
     def loss_on_mixed(self, f: Student, image: Tensor, soft_label: Tensor, weight: Tensor) -> Tensor:
         call = self._call()  # with the host's own image, jittered and blurred, and its own weight
         with self.heads.soft(call.argument(LABEL), soft_label):
-            return total_loss(entered(f, call))
+            losses = entered(f, call)
+        self._inner.heard(losses)
+        return total_loss(losses)
 
     def loss_on_judged(self, f: Student, judged: JudgedBatch) -> Tensor:
         label = judged.label.unsqueeze(1).contiguous()

@@ -76,6 +76,7 @@ class Calibrated(nn.Module):
         valid = extra.get("valid_pseudo_mask")
         batch = HostBatch(img, gt_semantic_seg[:, 0], target_img, None if valid is None else valid[:, 0] > 0)
         iteration = DacsIteration(self, self._dacal, batch)
+        self._dacal.doubt(target_img, iterations=getattr(self, "max_iters", None))
         plotted = own.local_iter % own.debug_img_interval == 0
         with iteration.listening():
             log_vars = host.forward_train(*arguments, **extra)

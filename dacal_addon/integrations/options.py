@@ -15,7 +15,7 @@ class HostOptions(NamedTuple):
 
     labels: str = "soft"
     """What the student is taught on target pixels: "soft", softmax(z / T), or "hard", the host's own pseudo-labels."""
-    learn: str = "bilevel"
+    learner: str = "bilevel"
     """How the temperatures learn, a name in `LEARNERS`: "bilevel", the paper's meta-step, by a net that sees all
     log-probabilities of its neighbourhood; or "fit", directly, on blends of target images (`TemperatureFit`), by a net that
     sees a pixel's confidence alone."""
@@ -23,10 +23,10 @@ class HostOptions(NamedTuple):
     """Learn the temperatures at every k-th iteration after the warm-up; 0: never, T stays as it is. A meta-step takes longer
     than an iteration of the host, so that 1 more than doubles the time. The fit is cheap enough for 1."""
     warmup_iters: Optional[int] = None
-    """Iterations before the temperatures first learn. None: 3000 with learn="bilevel", twice the hosts' learning-rate warm-up,
-    since an untrained student would only ask for sharper labels (see `BilevelCalibrationStep`); 0 with "fit"."""
+    """Iterations before the temperatures first learn. None: 3000 with learner="bilevel", twice the warm-up of the hosts'
+    learning rate, since an untrained student would only ask for sharper labels (see `BilevelCalibrationStep`); 0 with "fit"."""
     meta_lr: Optional[float] = None
-    """Learning rate of Adam for the temperature net. None: the learner's own, 3e-4 with learn="bilevel", 2e-3 with "fit"."""
+    """Learning rate of Adam for the temperature net. None: the learner's own, 3e-4 with learner="bilevel", 2e-3 with "fit"."""
     judged_set: Optional[str] = None
     """On which images temperatures are judged, a name in `JUDGED_SETS`. None: the learner's own, with "bilevel" the
     complementary mix, with "fit" blends of target images."""
@@ -35,10 +35,13 @@ class HostOptions(NamedTuple):
     `OUTER_LOSSES`, with "bilevel" at each of the heads."""
     engine: str = "auto"
     """Of `hypergradient`. "auto" is "forward", or "finite_difference" where that is not possible, as before torch 2.0. This and
-    the next matter for learn="bilevel" alone."""
+    the next matter for learner="bilevel" alone."""
     clip_norm: Optional[float] = None
     """The `max_norm` of the host's `clip_grad_norm_`, if it clips the student's gradients (`optimizer_config.grad_clip`; 5 in
     DIFF)."""
+    share_pass: bool = True
+    """With learner="bilevel" and labels="soft": at iterations with a meta-step, its first pass is the host's own over the mixed
+    images too, with the labels of the temperatures before that step. False: the host makes one more, with those after it."""
     hidden_channels: int = 16
     """Of the temperature net, as the next two."""
     initial_temperature: float = 1.0
@@ -65,12 +68,12 @@ class HostOptions(NamedTuple):
         """`warmup_iters`, or what stands for None."""
         if self.warmup_iters is not None:
             return self.warmup_iters
-        return 3000 if self.learn == "bilevel" else LEARNERS[self.learn].defaults.warmup
+        return 3000 if self.learner == "bilevel" else LEARNERS[self.learner].defaults.warmup
 
     @property
     def learning_rate(self) -> float:
         """`meta_lr`, or what stands for None."""
-        return self.meta_lr if self.meta_lr is not None else LEARNERS[self.learn].defaults.learning_rate
+        return self.meta_lr if self.meta_lr is not None else LEARNERS[self.learner].defaults.learning_rate
 
 
 def parse(config: Mapping[str, Any]) -> HostOptions:
@@ -85,7 +88,7 @@ def parse(config: Mapping[str, Any]) -> HostOptions:
         ('soft', True)
         >>> parse(dict(evry=4))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: uda.dacal: expected keys among labels, learn, ..., got 'evry'; mend or remove it
+        ValueError: uda.dacal: expected keys among labels, learner, ..., got 'evry'; mend or remove it
     """
     name = "uda.dacal"
     if not isinstance(config, Mapping):
@@ -104,7 +107,7 @@ def parse(config: Mapping[str, Any]) -> HostOptions:
 
 def _check_choices(name: str, options: HostOptions) -> None:
     check_choice(name, "labels", options.labels, LABELS)
-    check_choice(name, "learn", options.learn, tuple(LEARNERS))
+    check_choice(name, "learner", options.learner, tuple(LEARNERS))
     check_choice(name, "engine", options.engine, ENGINES)
     check_choice(name, "outer_loss", options.outer_loss, ("host", *OUTER_LOSSES))
     if options.judged_set is not None:
@@ -132,9 +135,10 @@ def _check_numbers(name: str, options: HostOptions) -> None:
 
 
 def _check_kinds(name: str, options: HostOptions) -> None:
-    if not isinstance(options.restore_teacher, bool):
-        remedy = "write restore_teacher=True"
-        raise problem(name, expected="restore_teacher: True or False", got=repr(options.restore_teacher), remedy=remedy)
+    for key in ("share_pass", "restore_teacher"):
+        if not isinstance(getattr(options, key), bool):
+            remedy = f"write {key}=True"
+            raise problem(name, expected=f"{key}: True or False", got=repr(getattr(options, key)), remedy=remedy)
     if options.base is not None and not isinstance(options.base, str):
         remedy = "write base='mmseg.models.uda.dacs_infer.gta2csDACS'"
         raise problem(name, expected="base: 'module.Class' or 'Class'", got=repr(options.base), remedy=remedy)

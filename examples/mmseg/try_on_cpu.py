@@ -4,8 +4,9 @@
     python /path/to/examples/mmseg/try_on_cpu.py configs/dacal/gta2cs.py --iters 20
 
 Everything is the host's own: its `tools/train.py`, its data pipeline, losses, optimizer, hooks and evaluation. Shrunk are
-images and crops (4 or 8 times), the network (MiT-B0 without pretrained weights, 32 decoder channels) and the number of
-iterations. The network learns nothing worth looking at; what you see is whether it runs, and what it logs.
+images and crops (to `--crop`), the network (MiT-B0 with 32 decoder channels, unless `--whole-network` is said; without
+pretrained weights) and the number of iterations. The network learns nothing worth looking at; what you see is whether it
+runs, and what it logs.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any, Dict, List
@@ -24,11 +26,11 @@ from torch import nn
 SMALL_NETWORK = {"in_channels": [32, 64, 160, 256], "channels": 32}
 
 
-def shrink(config: Any, *, data: Path, iters: int) -> None:
+def shrink(config: Any, *, data: Path, iters: int, side: int = 128, whole_network: bool = False) -> None:
     """Turn a config of DAFormer, HRDA or MIC into a tiny one, in place."""
     pairs = config.data.train
     crop = next(step for step in pairs.target.pipeline if step["type"] == "RandomCrop")["crop_size"]
-    factor = crop[0] // 128
+    factor = crop[0] // side
     for dataset in (pairs.source, pairs.target, config.data.val, config.data.test):
         dataset["data_root"] = str(data / Path(dataset["data_root"]).name)
         for step in dataset.pipeline:
@@ -41,15 +43,17 @@ def shrink(config: Any, *, data: Path, iters: int) -> None:
 
     model = config.model
     model.update(pretrained=None)
-    model.backbone = {"type": "mit_b0"}
-    model.decode_head.update(SMALL_NETWORK)
-    model.decode_head.decoder_params.update(embed_dims=32)
+    if not whole_network:
+        model.backbone = {"type": "mit_b0"}
+        model.decode_head.update(SMALL_NETWORK)
+        model.decode_head.decoder_params.update(embed_dims=32)
     model.decode_head.decoder_params.embed_cfg.pop("pretrained", None)
     if "hr_crop_size" in model:
         model.update(hr_crop_size=[n // factor for n in model.hr_crop_size])
-        model.decode_head.update(attention_embed_dim=32)
+        if not whole_network:
+            model.decode_head.update(attention_embed_dim=32)
     if model.test_cfg.mode == "slide":
-        model.test_cfg.update(stride=[64, 64], crop_size=[128, 128])
+        model.test_cfg.update(stride=[side // 2, side // 2], crop_size=[side, side])
     for key in ("pseudo_weight_ignore_top", "pseudo_weight_ignore_bottom"):
         config.uda[key] = config.uda[key] // factor
     # Few pixels of an untrained network are as sure as 0.968, and without them no pseudo-label has a weight.
@@ -124,18 +128,24 @@ def main(arguments: List[str]) -> None:
     parser.add_argument("--iters", type=int, default=20)
     parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/dacal_tiny"))
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="config options, after shrinking")
+    parser.add_argument("--crop", type=int, default=128, help="side of the crops, in pixels")
+    parser.add_argument("--whole-network", action="store_true", help="that of the config, MiT-B5")
+    parser.add_argument("--processor-time", action="store_true", help="log that of this process as the time of an iteration")
     parser.add_argument("--resume-from", type=Path)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # faster than two at this size
     sys.path.insert(0, os.getcwd())
     run_without_gpu()
+    if options.processor_time:
+        timer: Any = importlib.import_module("mmcv.runner.hooks.iter_timer")
+        timer.time = types.SimpleNamespace(time=time.process_time)
     from mmcv import Config, DictAction
 
     data = options.work_dir / "data"
     if not data.exists():
         write_all(data)
     config = Config.fromfile(str(options.config))
-    shrink(config, data=data, iters=options.iters)
+    shrink(config, data=data, iters=options.iters, side=options.crop, whole_network=options.whole_network)
     changes: Dict[str, Any] = {}
     for item in options.set:
         key, value = item.split("=", 1)
