@@ -2,12 +2,13 @@
 
     pip install -e '.[bench]'                    # the libraries; those that are missing are left out
     python benchmarks/metrics_throughput.py      # some minutes on one core
-    python benchmarks/metrics_throughput.py --device cuda
+    python benchmarks/metrics_throughput.py --device cuda   # two minutes; --quick without memory
+    python benchmarks/metrics_throughput.py --speedup
 
 Times are processor time in multiples of one read of the logits, `x.amax(1)`, taken in turn with everything else in one process
-(on a GPU, time until it has finished). The libraries compute ECE alone; `CalibrationStats` everything that it has. Memory is
-the peak above logits and labels, of a fresh process each, after 8 and after 64 images. Libraries that want probabilities, flat
-pixels or one-hot labels get them, and what that costs is theirs.
+(on a GPU, time until it has finished, and beside it how many kernels and copies were launched). The libraries compute ECE
+alone; `CalibrationStats` everything that it has. Memory is the peak above logits and labels, of a fresh process each, after 8
+and after 64 images. Libraries that want probabilities, flat pixels or one-hot labels get them, and what that costs is theirs.
 """
 
 import argparse
@@ -93,6 +94,9 @@ def netcal(device: torch.device) -> Metric:
 
 
 METRICS: Dict[str, Tuple[Callable[[torch.device], Metric], str]] = {
+    "CalibrationStats, triton": (ours(backend="triton"), "triton"),
+    "CalibrationStats, triton, per_image": (ours(backend="triton", per_image=True), "triton"),
+    "CalibrationStats, triton, classwise": (ours(backend="triton", classwise=True), "triton"),
     "CalibrationStats, torch": (ours(backend="torch"), ""),
     "CalibrationStats, compile": (ours(backend="compile"), ""),
     "CalibrationStats, torch, classwise": (ours(backend="torch", classwise=True), ""),
@@ -104,7 +108,9 @@ METRICS: Dict[str, Tuple[Callable[[torch.device], Metric], str]] = {
     "MONAI": (monai, "monai"),
     "netcal": (netcal, "netcal"),
 }
-PLAIN = ("CalibrationStats, torch", "CalibrationStats, numba")
+PLAIN = ("CalibrationStats, torch", "CalibrationStats, numba", "CalibrationStats, triton")
+ELSEWHERE = {"cpu": "triton", "cuda": "numba"}
+"""What judges on another device."""
 # Images. The others keep what they get, up to 150 MB an image.
 MEMORY_AFTER = {name: (8, 64) if name.startswith(("Calib", "torchm")) else (8,) for name in METRICS}
 
@@ -124,6 +130,31 @@ def processor_seconds(work: Callable[[], object], device: torch.device) -> float
     begun = time.process_time()
     work()
     return time.process_time() - begun
+
+
+def launches(work: Callable[[], object]) -> int:
+    """Kernels and copies that a GPU is given, as the profiler counts them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        work()
+        torch.cuda.synchronize()
+    return sum("CUDA" in str(event.device_type) for event in seen.events())
+
+
+def speedup(x: Tensor, label: Tensor, runs: int) -> None:
+    """Print how much faster the sweep is with two threads than with one, in turn; of the time that passes."""
+    work = one_image(ours(backend="numba"), x, label)
+    times: Dict[int, List[float]] = {1: [], 2: []}
+    for run in range(runs + 1):
+        for threads, own in times.items():
+            torch.set_num_threads(threads)
+            elapsed = seconds(work, x.device)
+            if run:  # the first one warms up
+                own.append(elapsed)
+    ratio = statistics.median(one / two for one, two in zip(times[1], times[2]))
+    one, two = (1000 * statistics.median(own) for own in times.values())
+    print(f"One thread {one:.0f} ms, two {two:.0f} ms: {ratio:.2f} x")
 
 
 def one_image(make: Callable[[torch.device], Metric], x: Tensor, label: Tensor) -> Callable[[], object]:
@@ -176,6 +207,7 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="times only")
+    parser.add_argument("--speedup", action="store_true", help="two threads against one only; writes nothing")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--peak-of", nargs=2, metavar=("NAME", "IMAGES"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -186,9 +218,12 @@ def main() -> None:
         print(peak_bytes(taking_in(name, int(count), *size, device), device, calls=1))
         return
 
+    if options.speedup:
+        speedup(*images(*size, device, torch.float32), options.runs)
+        return
     versions = {name: version(module) for name, (_, module) in METRICS.items() if module}
-    swept = device.type == "cpu"  # elsewhere torch judges
-    names = [name for name, (_, module) in METRICS.items() if (not module or versions[name]) and (swept or module != "numba")]
+    other = ELSEWHERE.get(device.type)
+    names = [name for name, (_, module) in METRICS.items() if (not module or versions[name]) and module != other]
     x, label = images(*size, device, torch.float32)
     works: Dict[str, Callable[[], object]] = {"one read: amax": lambda: x.amax(1)}
     works.update({name: one_image(METRICS[name][0], x, label) for name in names})
@@ -208,15 +243,18 @@ def main() -> None:
             "milliseconds": 1000 * statistics.median(own),
             "reads": statistics.median(a / b for a, b in zip(own, times["one read: amax"])),
         }
+        if device.type == "cuda":
+            row["launches"] = launches(works[name])
         if name in METRICS and not options.quick:
             row["extra_bytes"] = {str(n): peak_in_fresh_process(*arguments, name, str(n)) for n in MEMORY_AFTER[name]}
         rows.append(row)
-    missing = [name for name, found in versions.items() if not found]
+    missing = [name for name, found in versions.items() if not found and METRICS[name][1] != other]
     print(f"{CLASSES} x {size[0]} x {size[1]} float32, torch {torch.__version__}, {device_name(device)}")
     print(f"{'':<36}{'ms':>8}{'reads':>8}{'MB extra, 8 images':>20}{'64':>8}")
     for row in rows:
         extra = [f"{row['extra_bytes'][n] / 1e6:.0f}" if n in row.get("extra_bytes", {}) else "" for n in ("8", "64")]
-        print(f"{row['name']:<36}{row['milliseconds']:8.2f}{row['reads']:8.1f}{extra[0]:>20}{extra[1]:>8}".rstrip())
+        told = f"{row['name']:<36}{row['milliseconds']:8.2f}{row['reads']:8.1f}{extra[0]:>20}{extra[1]:>8}".rstrip()
+        print(told + (f"  {row['launches']} launches" if "launches" in row else ""))
     if missing:
         print(f"Not installed: {', '.join(missing)}.")
     setting = {"size": [CLASSES, *size], "device": device_name(device), "runs": options.runs}

@@ -25,9 +25,11 @@ def batch(seed=0):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on loading its compiler
-@pytest.mark.parametrize("backend", ["torch", "compile"])
-@pytest.mark.parametrize("elements", [6000, 4_000_000])  # several pieces an image, and one
-def test_metrics_count_the_same_pixels(backend, elements, monkeypatch):
+@pytest.mark.parametrize(
+    ("backend", "judge", "elements"),  # several pieces an image, and one; a launch has none
+    [("torch", "torch", 6000), ("torch", "torch", 4_000_000), ("compile", "compile", 4_000_000), (None, "triton", 6000)],
+)
+def test_metrics_count_the_same_pixels(backend, judge, elements, monkeypatch):
     monkeypatch.setitem(pixels._ELEMENTS, GPU.type, elements)
     logits, label = 4 * randn(3, 6, 40, 50).float(), torch.randint(0, 6, (3, 40, 50), generator=generator())
     label[0, :5] = 255
@@ -36,10 +38,28 @@ def test_metrics_count_the_same_pixels(backend, elements, monkeypatch):
     for part in zip(logits.split(1), label.split(1)):
         on_cpu.update(*part)
         on_gpu.update(*(x.to(GPU) for x in part))
+    assert on_gpu.judged_by == judge
     assert on_gpu.pixels == 3 * 40 * 50 - 5 * 50
     for metric in ("ece", "mce", "ks", "smece", "classwise_ece", "brier", "nll", "aurc", "mean_confidence", "accuracy", "miou"):
         assert getattr(on_gpu, metric)() == pytest.approx(getattr(on_cpu, metric)(), rel=1e-9), metric
     assert on_gpu.ece(reduce="image_mean") == pytest.approx(on_cpu.ece(reduce="image_mean"), rel=1e-9)
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_a_batch_is_one_launch_and_one_transfer(each):
+    from torch.autograd import DeviceType  # not in torch 1.7
+    from torch.profiler import ProfilerActivity, profile
+
+    logits, label = 4 * randn(3, 6, 40, 50).float(), torch.randint(0, 6, (3, 40, 50), generator=generator())
+    stats = CalibrationStats(6, input="logits", classwise=True, per_image=each)
+    batch = logits.to(GPU), label.to(GPU)
+    stats.update(*batch)  # compiles
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        stats.update(*batch)
+    names = [event.name for event in seen.events() if event.device_type == DeviceType.CUDA]
+    assert sum("_count" in name for name in names) == 1
+    assert sum("Memcpy" in name for name in names) == 1
+    assert len(names) <= 6  # beside these two: zeros, and a sum over the programs of each kind of number
 
 
 @every_engine

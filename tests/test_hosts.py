@@ -69,7 +69,7 @@ def test_the_defaults_suit_the_hosts_runs():
     assert parse({}) == HostOptions()
     assert not HostOptions().off
     assert HostOptions(every=0).off is False
-    assert (HostOptions().learn, HostOptions().every) == ("bilevel", 4)
+    assert (HostOptions().learner, HostOptions().every) == ("bilevel", 4)
     fit, bilevel = parse({"learner": "fit"}), parse({"learner": "bilevel", "meta_lr": None, "warmup_iters": None})
     assert bilevel == HostOptions()
     assert (fit.warmup, fit.learning_rate) == (0, 2e-3)
@@ -198,7 +198,7 @@ def test_a_learners_state_survives_as_plain_tensors(learn):
 
 def test_the_learners_own_defaults_are_the_hosts():
     for learn, kind in (("fit", TemperatureFit), ("bilevel", BilevelCalibrationStep)):
-        assert HostOptions(learn=learn).learning_rate == kind.defaults.learning_rate
+        assert HostOptions(learner=learn).learning_rate == kind.defaults.learning_rate
         assert HostOptions().judged_set is None
 
 

@@ -50,14 +50,14 @@ def read_array(path: Path, file: Any, size: int, accept: Accept) -> np.ndarray:
     if left != expected:
         what = "truncated" if left < expected else "damaged, or a decompression bomb"
         raise BadFile(path, f"{what}: {left} bytes of numbers where its header says {expected}")
-    content = bytearray(expected)  # and not bytes: torch wants memory that can be written
-    view, filled = memoryview(content), 0
+    content = np.empty(expected, np.uint8)  # zeros would take longer than reading
+    view, filled = content.data, 0
     while filled < expected:
         count = file.readinto(view[filled:])
         if not count:
             raise BadFile(path, f"truncated: {filled} of {expected} bytes")
         filled += count
-    array = np.frombuffer(content, dtype)
+    array = content.view(dtype)
     if not dtype.isnative:  # torch takes no other
         array = array.astype(dtype.newbyteorder("="))
     return array.reshape(got[::-1]).T if fortran else array.reshape(got)

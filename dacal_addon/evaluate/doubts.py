@@ -87,7 +87,8 @@ def like_probabilities(scores: Prediction, counted: np.ndarray) -> bool:
     if isinstance(scores, tuple):
         return False
     values, counts = torch.as_tensor(scores)[0], torch.from_numpy(counted)[0]
-    for row in range(len(counts)):  # of logits, the first one tells nearly always
+    some = counts.reshape(len(counts), -1).any(1)
+    for row in torch.nonzero(some, as_tuple=False).flatten().tolist():  # of logits, the first one tells nearly always
         p = values[:, row].float()
         fits = ((p.sum(0) - 1).abs() <= _ROUNDED) & (p >= 0).all(0)
         if not bool((fits | ~counts[row]).all()):

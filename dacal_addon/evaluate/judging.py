@@ -173,7 +173,7 @@ def read_image(name: str, plan: Plan, options: EvaluateOptions) -> Tuple[Predict
     label = _guarded(label_path, lambda: read_label(label_path, folder=options.labels, kind=kind))
     one_slice = label.ndim > 2 and label.shape[0] == 1
     label = label[0] if one_slice else label
-    counted = ~np.isin(label, kind.uncounted)
+    counted = counts(label, kind.uncounted)
     _check_classes(label_path, label[counted], plan, options)
     low = options.upsample is not None
     shape = Shape(options.num_classes, label.shape, options.one_channel, options.channels_last, low, one_slice, label_path)
@@ -181,6 +181,18 @@ def read_image(name: str, plan: Plan, options: EvaluateOptions) -> Tuple[Predict
     prediction_kind = plan.prediction_kind
     found = _guarded(path, lambda: read_prediction(path, folder=folder, shape=shape, kind=prediction_kind, counted=counted))
     return found, label[None]
+
+
+def counts(label: np.ndarray, uncounted: Sequence[int]) -> np.ndarray:
+    """Whether a label is none of those that do not count: bool.
+
+    >>> counts(np.array([0, 1, 255]), (0, 255)).tolist()
+    [False, True, False]
+    """
+    found = np.ones(label.shape, bool)
+    for one in uncounted:
+        found &= label != one
+    return found
 
 
 def _check_classes(path: Path, label: np.ndarray, plan: Plan, options: EvaluateOptions) -> None:
@@ -227,7 +239,7 @@ def _judge(name: str, plan: Plan, options: EvaluateOptions) -> _Judged:
     if near is not None:
         region = boundary_mask(label, options.boundary, ignore_index=ignored)
         _guarded(path, lambda: near.update(prediction, label, region, normalize=options.normalize))
-    like = plan.input == "logits" and not options.trust and like_probabilities(prediction, ~np.isin(label, ignored))
+    like = plan.input == "logits" and not options.trust and like_probabilities(prediction, counts(label, ignored))
     row = ImageRow(name, stats.pixels, stats.accuracy(), stats.mean_confidence(), stats.ece(), stats.miou())
     return _Judged(row, stats, near, like, read - begun, time.perf_counter() - read)
 

@@ -16,7 +16,7 @@ from .backends import backend_for, check_backend, functions_of
 from .batches import as_batch, at_label_size
 from .faults import fault
 from .grid import cell_count
-from .images import Images, image_of, pack, unpack
+from .images import Images, pack, unpack
 from .pixels import count_
 from .saved import loaded_images, loaded_totals
 from .settings import check_settings
@@ -105,7 +105,7 @@ class Counting:
 
     @property
     def judged_by(self) -> Optional[str]:
-        """What judged the last batch: "numba", "torch" or "compile"; None if there was none."""
+        """What judged the last batch: "numba", "triton", "torch" or "compile"; None if there was none."""
         return self._judged_by
 
     @property
@@ -163,24 +163,17 @@ class Counting:
                 "update", expected="counts of this process alone", got="counts after sync()", remedy=remedy, error=RuntimeError
             )
         batch = as_batch("update", x, target, region, self._settings, interpolate=interpolate, normalize=normalize)
-        # Scores are interpolated an image at a time, so that one of them is in memory.
-        parts = [batch.image(i) for i in range(len(batch.label))] if self.per_image or interpolate else [batch]
         judged_by = backend_for(batch, self.backend)
-        whole: Optional[Totals] = None
-        images = []
-        for part in parts:
+        counts = self._zeros(batch.label.device if judged_by != "triton" else torch.device("cpu"))
+        images: List[Images] = []
+        # Scores are interpolated an image at a time, so that one of them is in memory.
+        for part in [batch.image(i) for i in range(len(batch.label))] if interpolate else [batch]:
             part = at_label_size("update", part) if interpolate else part
-            counts = self._zeros(batch.label.device)
-            if not count_(counts, part, self._settings, **functions_of(judged_by)):
+            found = count_(counts, part, self._settings, each=self.per_image, **functions_of(judged_by))
+            if found is None:
                 raise fault(part, self._settings, function="update")
-            if self.per_image:
-                images.append(Images(*(field.to(self.device) for field in image_of(counts))))
-            if whole is None:
-                whole = counts
-            else:
-                _totals.add_(whole, counts)
-        if whole is not None:
-            _totals.add_(self._totals, whole)
+            images += [Images(*(field.to(self.device) for field in one)) for one in found]
+        _totals.add_(self._totals, counts)
         self._images += images
         self._judged_by = judged_by
 

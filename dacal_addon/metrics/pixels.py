@@ -5,12 +5,13 @@ A pass over the whole array per operation would be bound by memory, and a float6
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, NamedTuple, Optional, Tuple
+from typing import Callable, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from .grid import cell_count, cell_of
+from .images import Images, image_of
 from .pieces import COMPARES_INTO_FLOATS, Batch, Piece, Scores, blank_out, compare, pieces
 from .settings import Settings
 from .totals import Totals, add_
@@ -57,6 +58,8 @@ class Scratch(NamedTuple):
 Judge = Callable[[Scores, Tensor, Tensor, Settings, Optional[Scratch]], Judged]
 Sweep = Callable[..., Tuple[float, float, bool]]
 """Like `fused.sweep_`."""
+Launch = Callable[..., Optional[List[Images]]]
+"""Like `triton_kernel.launch_`."""
 
 
 def count_(
@@ -64,22 +67,37 @@ def count_(
     batch: Batch,
     settings: Settings,
     *,
+    each: bool = False,
     compiled: Optional[Judge] = None,
     sweep: Optional[Sweep] = None,
-) -> bool:
-    """Add the pixels of a batch to `totals`, all on one device; returns whether all was well: if not, `totals` is worthless.
+    launch: Optional[Launch] = None,
+) -> Optional[List[Images]]:
+    """Add the pixels of a batch, all on one device, to `totals`.
 
     Args:
+        totals: on the device of the batch; for `launch` on the CPU.
+        each: the counts of every image are wanted.
         compiled: `judge` as torch.compile made it.
         sweep: `fused.sweep_`, which takes the place of `judge`; the batch must be of scores, on the CPU.
+        launch: `triton_kernel.launch_`, which takes the place of all of this.
+
+    Returns:
+        the images' counts if `each`, none otherwise; None if not all was well: `totals` is worthless then.
     """
-    well = _sweep_all(totals, batch, settings, sweep) if sweep else _judge_all(totals, batch, settings, compiled)
-    if not well:
-        return False
-    looked_at = batch.label.numel() if batch.region is None else batch.region.sum()
-    totals.ignored.add_(looked_at - totals.pixels.sum())
-    totals.images.add_(len(batch.label))
-    return True
+    if launch is not None:
+        return launch(totals, batch, settings, each=each)
+    found: List[Images] = []
+    for part in [batch.image(i) for i in range(len(batch.label))] if each else [batch]:
+        counts = Totals(*(torch.zeros_like(field) for field in totals))
+        if not (_sweep_all(counts, part, settings, sweep) if sweep else _judge_all(counts, part, settings, compiled)):
+            return None
+        looked_at = part.label.numel() if part.region is None else part.region.sum()
+        counts.ignored.add_(looked_at - counts.pixels.sum())
+        counts.images.add_(len(part.label))
+        if each:
+            found.append(image_of(counts))
+        add_(totals, counts)
+    return found
 
 
 def _judge_all(totals: Totals, batch: Batch, settings: Settings, compiled: Optional[Judge]) -> bool:
@@ -137,7 +155,8 @@ class _Sums:
             torch.zeros(n, dtype=torch.int64, device=device) for n in (2 * cells + 1, (classes + 2) * classes + 1)
         )
         self._confidence, self._of_pair = (torch.zeros_like(x, dtype=torch.float64) for x in (self._by_cell, self._by_pair))
-        self._of_class = torch.zeros_like(totals.class_confidence)
+        # Pixels and probabilities of a class's cell lie side by side.
+        self._of_class = torch.zeros(*totals.class_confidence.shape, 2, dtype=torch.float64, device=device)
         self._ones = torch.ones(size, dtype=torch.int64, device=device)
 
     def add(self, judged: Judged) -> None:
@@ -163,9 +182,8 @@ class _Sums:
             confidence=self._confidence,
             by_pair=self._by_pair,
             of_pair=self._of_pair,
-            class_pixels=totals.class_pixels,
+            of_class=self._of_class,
             class_hits=totals.class_hits,
-            class_confidence=self._of_class,
         )
         totals.nll.add_(nll)
         totals.brier.add_(brier)
@@ -178,8 +196,9 @@ class _Sums:
         totals, p = self._totals, scores.double()
         p = torch.softmax(p, 0) if settings.input == "logits" else p.exp() if settings.input == "log_probs" else p
         cell = cell_of(p, n_bins=settings.n_bins, fine_bins=settings.fine_bins, both_ends=True).long()
-        totals.class_pixels.scatter_add_(1, cell, torch.ones_like(cell))
-        self._of_class.scatter_add_(1, cell, p)
+        pixels, confidence = self._of_class.unbind(2)
+        pixels.scatter_add_(1, cell, torch.ones_like(p))
+        confidence.scatter_add_(1, cell, p)
         # A stray label is complained of when all pieces are done; here it must do no harm.
         own = label.clamp(0.0, settings.num_classes - 1.0).long().unsqueeze(0)
         number = cell.gather(0, own).add_(cell.new_tensor(totals.class_hits.shape[1]) * own).squeeze(0)
@@ -205,7 +224,8 @@ class _Sums:
         totals, self._pixels = self._totals, more
         totals.confidence.add_(self._confidence[:-1].view(-1, 2).sum(1))
         totals.predicted_confidence.add_(self._of_pair[:-1].view(-1, len(totals.confusion)).sum(0))
-        totals.class_confidence.add_(self._of_class)
+        totals.class_pixels.add_(self._of_class[..., 0].long())
+        totals.class_confidence.add_(self._of_class[..., 1])
         for one in (self._confidence, self._of_pair, self._of_class):
             one.zero_()
 

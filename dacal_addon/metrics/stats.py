@@ -46,17 +46,18 @@ class CalibrationStats(Counting):
             with the defaults and 12 bytes a pair of classes that occurs. An image is a volume where there are three dimensions.
         device: of the counts; pixels are judged on the device they are on.
         backend: what judges pixels. "torch": its operations. "numba": a sweep in compiled code, three times faster, for scores
-            on the CPU (extra `fast`; ten seconds at its very first call). "compile": `torch.compile` (torch >= 2.0 and, on a
-            CPU, a C++ compiler; some seconds in each process). None: "numba" for batches of 4 million scores and more where it
-            is installed, "torch" otherwise. All count the same, to the last places of float64 sums;
-            `judged_by` tells which one did.
+            on the CPU (extra `fast`; ten seconds at its very first call). "triton": one launch a batch, for what is on a GPU
+            (triton >= 3.2, which torch >= 2.6 for CUDA brings; its speed has not been measured). "compile": `torch.compile`
+            (torch >= 2.0 and, on a CPU, a C++ compiler; some seconds in each process). None: on a GPU "triton", on a CPU, for
+            batches of 4 million scores and more, "numba", each where it is to be had; else "torch". All count the same, to the
+            last places of float64 sums; `judged_by` tells which one did.
         one_channel: `update` gets one sigmoid channel, (N, 1, *S) logits or probabilities of class 1; `num_classes` is 2.
         channels_last: `update` gets (N, *S, C).
         reduce_zero_label: label 0 does not count and label k is class k - 1, as ADE20K's annotations are; `ignore_index` speaks
             of the labels as they are.
 
-    Memory: the counts (150 KB with the defaults) and a few MB of scratch (on a GPU, by estimate, 120), whatever the size and
-    number of images.
+    Memory: the counts (150 KB with the defaults) and a few MB of scratch, whatever the size and number of images. On a GPU, by
+    estimate: 120 MB of scratch with "torch"; with "triton" 3 MB, and up to 256 with `per_image` or `classwise`.
     Precision: scores are taken as float64, whatever they are, counts are int64 and sums float64, so that the split into
     batches and their order do not matter. Predictions are the first largest score, as `argmax`.
 
