@@ -78,13 +78,13 @@ def check_label(function: str, name: str, value: object, *, shape: Optional[Sequ
 
 def check_classes(function: str, name: str, label: Tensor, num_classes: int, ignore_index: Union[int, Sequence[int]]) -> None:
     """Every value of `label` must be a class or of `ignore_index`: a stray label must not pass for a class."""
-    stray = label[(label < 0) | (label >= num_classes)]
+    stray = (label < 0) | (label >= num_classes)
     for ignored in ignore_index if isinstance(ignore_index, (tuple, list)) else (ignore_index,):
-        stray = stray[stray != ignored]
-    if stray.numel():
+        stray &= label != ignored
+    if stray.any():
         expected = f"{name}: classes 0..{num_classes - 1} or ignore_index={ignore_index}"
         remedy = "map the labels to training ids, or set ignore_index"
-        raise problem(function, expected=expected, got=f"the value {int(stray[0])}", remedy=remedy)
+        raise problem(function, expected=expected, got=f"the value {int(label[stray][0])}", remedy=remedy)
 
 
 def check_owner(function: str, name: str, optimizer: torch.optim.Optimizer, net: nn.Module, *, of: str) -> List[nn.Parameter]:

@@ -3,11 +3,13 @@
 import random
 from collections import OrderedDict, defaultdict
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, cast
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Sequence, Tuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from ._many import copies, copy_all_
 
 CONTAINERS = {list, dict, set, OrderedDict, defaultdict}  # whose entries are put back, if of just that type
 
@@ -80,14 +82,14 @@ class StudentState:
     def __init__(self, student: nn.Module) -> None:
         self._modules = [_Module.of(module) for module in student.modules()]
         noted = [value for each in self._modules for value in each.attributes.values() if type(value) is Tensor]
-        self._values = [(tensor, tensor.detach().clone()) for tensor in (*student.buffers(), *noted)]
+        # .data, whose changes do not count: a graph of the host that saved the buffer would refuse to run backward, though
+        # every bit is as it was.
+        self._tensors = [tensor.data for tensor in (*student.buffers(), *noted)]
+        self._values = copies(self._tensors)
 
     def restore(self) -> None:
         """Set all of it back to the snapshot."""
-        for tensor, value in self._values:
-            # Through .data, which does not count as a change: a graph of the host that saved the buffer would refuse to run
-            # backward, though every bit is as it was.
-            tensor.data.copy_(value)
+        copy_all_(self._tensors, self._values)
         for each in self._modules:
             each.restore()
 
@@ -191,41 +193,41 @@ def preserved(student: nn.Module, *, of: Sequence[Tensor] = ()) -> Iterator[Pres
 
 @contextmanager
 def moved(
-    parameters: Sequence[Tensor], new_value: Callable[[int, Tensor], Optional[Tensor]], *, trainable: bool = True
+    parameters: Sequence[Tensor], updates: Iterable[Tuple[Sequence[int], Sequence[Tensor]]], *, trainable: bool = True
 ) -> Iterator[None]:
-    """Inside, parameter i has the value `new_value(i, parameter)` (None: its own); afterwards its own again, to the bit.
+    """Inside, parameters have other values; afterwards their own again, to the bit.
 
     The values are written into the live tensors, so that whatever refers to them sees them: hooks, tied parameters, compiled
     graphs, fused kernels. Through .data, which does not count as a change (see `StudentState`).
 
     Args:
+        updates: places in `parameters`, and the values there. Asked for one after the other, without gradient.
         trainable: False, and inside no parameter requires grad.
 
     Example:
-        >>> p = torch.zeros(2, requires_grad=True)
-        >>> with moved([p], lambda i, parameter: parameter + 1):
-        ...     print(p.tolist())
-        [1.0, 1.0]
+        >>> p, q = torch.zeros(2, requires_grad=True), torch.ones(1)
+        >>> with moved([p, q], [([0], [torch.ones(2)])]):
+        ...     print(p.tolist(), q.tolist())
+        [1.0, 1.0] [1.0]
         >>> p.tolist()
         [0.0, 0.0]
     """
-    own: List[Tuple[Tensor, Tensor]] = []
+    own: List[Tuple[List[Tensor], List[Tensor]]] = []
     flags = [parameter.requires_grad for parameter in parameters]
     try:
-        for i, parameter in enumerate(parameters):
-            with torch.no_grad():
-                value = new_value(i, parameter.detach())
-            if value is not None:
-                own.append((parameter, parameter.detach().clone()))
-                parameter.data.copy_(value)
+        with torch.no_grad():
+            for places, values in updates:
+                live = [parameters[i].data for i in places]
+                own.append((live, copies(live)))
+                copy_all_(live, values)
         if not trainable:
             for parameter in parameters:
                 parameter.requires_grad_(False)
         _forget_casts()
         yield
     finally:
-        for parameter, value in reversed(own):  # the last first, for parameters that share memory
-            parameter.data.copy_(value)
+        for live, before in reversed(own):  # the last first, for parameters that share memory
+            copy_all_(live[::-1], before[::-1])
         for parameter, flag in zip(parameters, flags):
             parameter.requires_grad_(flag)
         _forget_casts()

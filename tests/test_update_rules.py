@@ -83,6 +83,75 @@ def test_clipping_is_torchs_and_its_pull_back_its_transposed_jacobian(clip_norm)
     np.testing.assert_allclose(got, expected, rtol=1e-9)
 
 
+def uneven_parameters():
+    """Large and small ones of two kinds, in two groups, with and without a history, some the optimizer's, some without grad."""
+    g = generator(0)
+    shapes = [(3,), (1 << 18,), (2, 3, 4, 5), (), (7,), (2, 2), (1,), (4,)]
+    parameters = [torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes]
+    parameters[2] = parameters[2].contiguous(memory_format=torch.channels_last)
+    parameters[5] = parameters[5].float()
+    for parameter in parameters:
+        parameter.requires_grad_()
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters[:4]}, {"params": parameters[4:7], "lr": 0.5, "weight_decay": 0.3}], lr=0.1
+    )
+    for steps in ((0, 1, 2, 4, 5, 6), (0, 1)):  # so that some have taken two steps, some one, one none
+        for parameter in parameters:
+            parameter.grad = None
+        for i in steps:
+            parameters[i].grad = torch.randn(shapes[i], generator=g, dtype=torch.float64).to(parameters[i])
+        optimizer.step()
+    grads = [torch.randn(shape, generator=g, dtype=torch.float64).to(p) for shape, p in zip(shapes, parameters)]
+    grads[4] = None
+    return parameters, optimizer, grads
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_parameters_that_are_taken_together_are_updated_as_each_alone(clip_norm):
+    parameters, optimizer, grads = uneven_parameters()
+    step = step_of(optimizer, parameters, clip_norm=clip_norm)
+    scale = step.scale(3.0)
+    live = [parameter.detach() for parameter in parameters]
+    found = {i: value for places, values in step.updates(live, grads, scale) for i, value in zip(places, values)}
+    assert sorted(found) == [0, 1, 2, 3, 5, 6]
+    for i, value in found.items():
+        expected = step.updated(i, live[i], scale * grads[i])
+        assert value.dtype == expected.dtype
+        np.testing.assert_allclose(value, expected, rtol=1e-12 if i != 5 else 1e-6)
+    cotangents = [
+        torch.randn(grad.shape, generator=generator(i)).to(live[i]) for i, grad in enumerate(grads) if grad is not None
+    ]
+    cotangents[4:4] = [torch.ones(7, dtype=torch.float64)]
+    expected = [
+        None if i not in found else v * step.rule.slope(live[i], grads[i], *step.places[i]) for i, v in enumerate(cotangents)
+    ]
+    step.pull_back(live, grads, cotangents, norm=0.0)  # no clipping
+    assert [v is None for v in cotangents] == [v is None for v in expected]
+    for i in found:
+        np.testing.assert_allclose(cotangents[i], expected[i], rtol=1e-12 if i != 5 else 1e-6)
+
+
+def test_a_step_on_many_small_parameters_asks_for_few_operations():
+    counts = []
+    for many in (50, 400):
+        parameters = [torch.ones(8, requires_grad=True) for _ in range(many)]
+        optimizer = with_grads(torch.optim.AdamW(parameters, lr=0.1), parameters)
+        step = step_of(optimizer, parameters)
+        with torch.autograd.profiler.profile() as seen, torch.no_grad():
+            list(step.updates(parameters, [parameter.grad for parameter in parameters]))
+        counts.append(
+            sum(1 for event in seen.function_events if event.name in ("aten::add", "aten::mul", "aten::addcdiv", "aten::lerp"))
+        )
+    assert 0 < counts[0] == counts[1] < 20
+
+
+def with_grads(optimizer, parameters):
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
 def rmsprop(parameter, grad, group, state):
     """torch.optim.RMSprop without momentum, as a host would write it."""
     square = group["alpha"] * state["square_avg"] + (1 - group["alpha"]) * grad * grad

@@ -66,7 +66,7 @@ def hypergradient(
             and with gradient on the updated ones. It may depend on the meta parameters itself (a prior on them, say).
         meta_parameters: the tensors to differentiate for; each requires grad.
         optimizer: the host's own: `torch.optim.SGD`, `Adam` or `AdamW`, or any with an `update_rule`. Only read.
-        engine: all are exact to their precision, see the README for their costs.
+        engine: all are exact to their precision, see `docs/costs.md` for their costs.
             "higher" unrolls the step with the `higher` library. `f` can only be called.
             "forward" needs one forward-mode pass of the inner loss and torch >= 2.0. `f` is the student itself.
             "finite_difference" needs two passes without a graph, and nothing of the student but that it can be trained and

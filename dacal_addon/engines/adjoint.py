@@ -10,6 +10,7 @@ directional derivative along d, which `forward` or `finite_difference` supplies.
 hooks, wrappers and methods other than `forward` are what they are in training.
 """
 
+import math
 import warnings
 from typing import NamedTuple, Optional, Sequence, Tuple
 from weakref import WeakSet
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .._check import describe, problem
+from .._many import as_numbers, inner_product, total_norm
 from ..preserve import moved, preserved
 from .finite_difference import central_difference
 from .passes import add_to_grad, constant, value_and_grads
@@ -32,7 +34,6 @@ from .setting import (
     no_forward_derivative,
     no_inner_gradient,
 )
-from .update_rules import inner_product, total_norm
 
 
 class _Tolerance(NamedTuple):
@@ -73,24 +74,19 @@ def adjoint(setting: Setting, inner_loss: LossClosure, outer_loss: LossClosure, 
             raise no_inner_gradient(describe(inner))
         inner = ranks.average_number(inner)
         norm = total_norm(grads) if setting.clip_norm is not None else 0.0
-        scale = step.scale(norm)
 
         state.rewind()
         before = setting.outer_loss_before(outer_loss, student)
-
-        def update(i: int, parameter: Tensor) -> Optional[Tensor]:
-            grad = grads[i]
-            return None if grad is None else step.updated(i, parameter, grad if scale == 1.0 else scale * grad)
-
-        with moved(parameters, update):
+        live = [parameter.detach() for parameter in parameters]
+        with moved(parameters, step.updates(live, grads, step.scale(norm))):
             state.rewind()
             after, v, _ = value_and_grads("outer_loss", outer_loss, student, [*parameters, *meta])
         after = ranks.average_number(after)
         direct, direction = v[len(parameters) :], ranks.average(v[: len(parameters)], parameters)
         del v
-        step.pull_back([parameter.detach() for parameter in parameters], grads, direction, norm)
+        step.pull_back(live, grads, direction, norm)
 
-        known = _Known(inner, inner_product(grads, direction), total_norm(grads) * total_norm(direction))
+        known = _Known(inner, *(inner_product(a, b) for a, b in ((grads, direction), (grads, grads), (direction, direction))))
         auto = engine == "auto"
         asked = DirectionalPass(student, inner_loss, parameters, direction, meta, state, rerun_by, may_repeat=auto)
         name, through = _derivative(engine, setting, asked, known)
@@ -147,20 +143,23 @@ class _Known(NamedTuple):
     """
 
     loss: Tensor
-    slope: float
-    scale: float
-    """|g| |d|: the slope's size if d pointed along g."""
+    slope: Tensor
+    grad: Tensor
+    """|g| squared."""
+    direction: Tensor
+    """|d| squared. |g| |d| is the slope's size if d pointed along g."""
 
     def check(self, slope: Slope, setting: Setting, engine: str) -> None:
         """Raise `NotOneFunction`, on all ranks or on none. NaN does not count: it is the caller's to judge."""
-        found, found_slope = (float(setting.ranks.average_number(number)) for number in (slope.loss, slope.value))
-        known, tolerance = float(self.loss), _tolerance(engine, setting.student)
+        averages = [setting.ranks.average_number(number) for number in (slope.loss, slope.value)]
+        found, found_slope, noise, known, known_slope, *squares = as_numbers([*averages, slope.noise, *self])
+        scale, tolerance = math.sqrt(math.prod(squares)), _tolerance(engine, setting.student)
         got = None
         if abs(found - known) > tolerance.loss * max(abs(known), 1e-6):
             got = f"loss {found:.6g} where the inner pass had {known:.6g}"
         # Near convergence the noise is larger.
-        elif abs(found_slope - self.slope) > tolerance.slope * self.scale + 10 * slope.noise:
-            got = f"slope {found_slope:.6g} where the inner gradient gives {self.slope:.6g}"
+        elif abs(found_slope - known_slope) > tolerance.slope * scale + 10 * noise:
+            got = f"slope {found_slope:.6g} where the inner gradient gives {known_slope:.6g}"
         if got is not None:
             raise problem(
                 "hypergradient",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .._check import check_tensor, describe, problem
+from .._many import add_all_
 
 _CHECKPOINT = "CheckpointFunction"
 OUT_OF_MEMORY: Any = getattr(torch.cuda, "OutOfMemoryError", ())  # torch < 1.13 raises a plain RuntimeError
@@ -114,13 +115,12 @@ def _custom_nodes(loss: Tensor) -> List[Any]:
 
 def add_to_grad(parameters: Sequence[Tensor], grads: Sequence[Optional[Tensor]]) -> None:
     """Accumulate into `.grad`, as a backward pass does."""
-    for parameter, grad in zip(parameters, grads):
-        if grad is None:
-            continue
+    pairs = [(parameter, grad) for parameter, grad in zip(parameters, grads) if grad is not None]
+    held = [(parameter.grad, grad) for parameter, grad in pairs if parameter.grad is not None]
+    add_all_([own for own, _ in held], [grad for _, grad in held])
+    for parameter, grad in pairs:
         if parameter.grad is None:
             parameter.grad = grad
-        else:
-            parameter.grad.add_(grad)
 
 
 def _grads_by_backward(loss: Tensor, hidden: Sequence[Tensor], inputs: Sequence[Tensor]) -> List[Optional[Tensor]]:

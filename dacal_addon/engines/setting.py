@@ -1,6 +1,6 @@
 """What one call of `hypergradient` asks for, and what it answers; the engines' common ground."""
 
-from typing import Any, NamedTuple, Optional, Protocol, Sequence, Tuple
+from typing import Any, NamedTuple, Optional, Protocol, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ class Slope(NamedTuple):
     """The loss's derivative along the direction, detached."""
     grads: Sequence[Optional[Tensor]]
     """The slope's derivative with respect to the meta parameters."""
-    noise: float = 0.0
+    noise: Union[float, Tensor] = 0.0
     """By how much rounding may have changed the slope."""
 
 

@@ -4,14 +4,29 @@ A rule maps (parameter, grad, group, state) to the updated parameter, for one te
 and state and changes neither. The slope, d updated / d grad, is what engines need that do not unroll; it is elementwise.
 """
 
-import math
 import sys
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Protocol, Sequence, Set, Tuple, Type, Union
+from typing import (
+    Any,
+    Dict,
+    Hashable,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Protocol,
+    Sequence,
+    Set,
+    Tuple,
+    Type,
+    Union,
+)
 
 import torch
 from torch import Tensor
 
 from .._check import check_number, describe, problem
+from .._many import as_numbers, inner_product, joined, multiply_all_, parts, together
 
 Group = Dict[str, Any]
 State = Dict[str, Any]
@@ -217,6 +232,22 @@ class Step(NamedTuple):
             raise problem("hypergradient", expected=expected, got=describe(updated), remedy=remedy)
         return updated
 
+    def updates(
+        self, parameters: Sequence[Tensor], grads: Sequence[Optional[Tensor]], scale: float = 1.0
+    ) -> Iterator[Tuple[List[int], List[Tensor]]]:
+        """The places of parameters, and these after the step with `scale` times their gradient; not those without one.
+
+        A few at a time, so that not all need memory at once.
+        """
+        for own in self._joined(parameters, grads):
+            grad = own.grad if scale == 1.0 else scale * own.grad
+            if len(own.places) == 1:  # of a host's own rule, which may not return what it should
+                updated = self.updated(own.places[0], own.parameter, grad)
+                yield own.places, [] if updated is None else [updated]
+            else:
+                updated = self.rule.update(own.parameter, grad, own.group, own.state)
+                yield own.places, parts(updated, [parameters[i] for i in own.places])
+
     def pull_back(
         self, parameters: Sequence[Tensor], grads: Sequence[Optional[Tensor]], cotangents: List[Optional[Tensor]], norm: float
     ) -> None:
@@ -225,23 +256,66 @@ class Step(NamedTuple):
         Clipping by norm has the Jacobian scale * (I - g g^T / (|g| (|g| + 1e-6))), which is symmetric.
         """
         scale = self.scale(norm)
-        for i, (parameter, grad, cotangent) in enumerate(zip(parameters, grads, cotangents)):
-            place = self.places[i]
-            if place is None or grad is None or cotangent is None:
-                cotangents[i] = None
+        given = list(cotangents)
+        cotangents[:] = [None] * len(given)
+        for own in self._joined(parameters, [None if v is None else grad for grad, v in zip(grads, given)]):
+            grad = own.grad if scale == 1.0 else scale * own.grad
+            some = [v for v in (given[i] for i in own.places) if v is not None]
+            if self.rule.slope is None:
+                cotangents[own.places[0]] = _pull_back_by_autograd(
+                    self.rule.update, own.parameter, grad, (own.group, own.state), some[0]
+                )
                 continue
-            grad = grad if scale == 1.0 else scale * grad
-            if self.rule.slope is not None:
-                cotangents[i] = cotangent.mul_(self.rule.slope(parameter, grad, *place))
-            else:
-                cotangents[i] = _pull_back_by_autograd(self.rule.update, parameter, grad, place, cotangent)
+            slope = self.rule.slope(own.parameter, grad, own.group, own.state)
+            multiply_all_(some, parts(slope, some) if isinstance(slope, Tensor) else slope)
+            for i, v in zip(own.places, some):
+                cotangents[i] = v
         if scale == 1.0:
             return
-        along = inner_product(grads, cotangents)
-        for i, (grad, cotangent) in enumerate(zip(grads, cotangents)):
-            if grad is not None:
-                cotangent = torch.zeros_like(grad) if cotangent is None else cotangent.mul_(scale)
-                cotangents[i] = cotangent.add_(grad, alpha=-scale * along / (norm * (norm + 1e-6)))
+        along = float(inner_product(grads, cotangents))
+        for i, (each, pulled) in enumerate(zip(grads, cotangents)):
+            if each is not None:
+                scaled = torch.zeros_like(each) if pulled is None else pulled.mul_(scale)
+                cotangents[i] = scaled.add_(each, alpha=-scale * along / (norm * (norm + 1e-6)))
+
+    def _joined(self, parameters: Sequence[Tensor], grads: Sequence[Optional[Tensor]]) -> Iterator["_Joined"]:
+        """What the optimizer owns and has a gradient, laid end to end where the rule is known to be elementwise."""
+        kinds = [self._kind(i, grad) for i, grad in enumerate(grads)]
+        for places in together(parameters, kinds):
+            some = [place for place in (self.places[i] for i in places) if place is not None]
+            own = [grad for grad in (grads[i] for i in places) if grad is not None]
+            group, state = some[0]
+            if len(places) > 1:
+                each = [state for _, state in some]
+                state = {
+                    name: joined([one[name] for one in each]) if _is_moment(value) else value for name, value in state.items()
+                }
+            yield _Joined(places, joined([parameters[i] for i in places]), joined(own), group, state)
+
+    def _kind(self, i: int, grad: Optional[Tensor]) -> Optional[Hashable]:
+        """Parameters of one kind may be joined; None: has no step."""
+        place = self.places[i]
+        if place is None or grad is None:
+            return None
+        if self.rule.slope is None:
+            return i
+        group, state = place
+        noted = tuple((name, value.dtype if _is_moment(value) else value) for name, value in state.items())
+        return id(group), grad.dtype, grad.device, noted
+
+
+class _Joined(NamedTuple):
+    """Parameters that a rule takes as one."""
+
+    places: List[int]
+    parameter: Tensor
+    grad: Tensor
+    group: Group
+    state: State
+
+
+def _is_moment(value: Any) -> bool:
+    return isinstance(value, Tensor)  # `step` is a number: see `step_of`
 
 
 def _pull_back_by_autograd(
@@ -278,10 +352,20 @@ def step_of(
     # .get, because indexing would write an empty state into the live optimizer
     owned = {id(p): (group, optimizer.state.get(p, {})) for group in optimizer.param_groups for p in group["params"]}
     places = [owned.get(id(parameter)) for parameter in parameters]
+    if update_rule is None:
+        places = _counted(places)
     if all(place is None for place in places):
         remedy = "pass the optimizer that trains the student"
         raise problem("hypergradient", expected="an optimizer of the student's parameters", got="none of them", remedy=remedy)
     return Step(rule, places, clip_norm)
+
+
+def _counted(places: Sequence[Optional[Tuple[Group, State]]]) -> List[Optional[Tuple[Group, State]]]:
+    """The same with `step` as a number: torch 2 has a tensor a parameter, with capturable=True or fused=True on the GPU."""
+    steps = iter(as_numbers([place[1]["step"] for place in places if place is not None and "step" in place[1]]))
+    return [
+        (place[0], {**place[1], "step": next(steps)}) if place is not None and "step" in place[1] else place for place in places
+    ]
 
 
 def has_zero_step(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> bool:
@@ -298,19 +382,3 @@ def has_zero_step(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]
     groups = [group for group in optimizer.param_groups if any(id(parameter) in trainable for parameter in group["params"])]
     # A group without a learning rate is that of a host's own rule, of which nothing is known.
     return bool(groups) and all("lr" in group and float(group["lr"]) == 0.0 for group in groups)
-
-
-def total_norm(tensors: Sequence[Optional[Tensor]]) -> float:
-    """The Euclidean norm of all together."""
-    return math.sqrt(inner_product(tensors, tensors))
-
-
-def inner_product(a: Sequence[Optional[Tensor]], b: Sequence[Optional[Tensor]]) -> float:
-    """<a, b> over all tensors that both have."""
-    parts = [(_wide(x) * _wide(y)).sum() for x, y in zip(a, b) if x is not None and y is not None]
-    # One transfer from the device, and not one for each tensor.
-    return float(torch.stack([part.to(parts[0]) for part in parts]).sum()) if parts else 0.0
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()

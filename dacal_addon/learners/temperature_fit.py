@@ -89,4 +89,4 @@ class TemperatureFit(Learner):
         weight = self.judged_weight(ranks, judged)
         loss = self.outer_loss(calibrated, judged.label, weight, ignore_index=void)
         grads = ranks.average(torch.autograd.grad(loss, self.meta_parameters), self.meta_parameters)
-        return Learned(grads, temperature, outer_loss_before=float(ranks.average_number(loss)))
+        return Learned(grads, temperature, outer_loss_before=ranks.average_number(loss))
