@@ -3,6 +3,7 @@
 from contextlib import ExitStack, contextmanager
 from typing import Any, Iterator, List, NamedTuple, Optional, Protocol, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -118,10 +119,12 @@ def soft_label_loss(
     reduction: str = "mean",
     avg_factor: Optional[float] = None,
     ignore_index: int = 255,
+    avg_non_ignore: Optional[bool] = None,
 ) -> Tensor:
     """mmseg's `cross_entropy` with soft labels: the same number where a label is one-hot, 0 where it is all zeros.
 
-    Like there, and unlike `dacal_addon.soft_cross_entropy`, the mean is over all pixels, the ignored ones included.
+    Like there, and unlike `dacal_addon.soft_cross_entropy`, the mean is over all pixels, the ignored ones included, unless
+    `avg_non_ignore` says otherwise.
 
     Args:
         logits: (N, C, H, W); the gradient flows through them.
@@ -131,6 +134,10 @@ def soft_label_loss(
         reduction: "mean", "sum" or "none".
         avg_factor: what to divide the sum by, instead of the number of pixels.
         ignore_index: of the hard label; not used, since the soft one says what is ignored.
+        avg_non_ignore: what the mean divides by. None, in the mmseg of DAFormer, HRDA and MIC: the number of pixels. mmseg 1.x
+            passes False for the sum of the pixels' class weights (1 each without), or True for that sum over the pixels that
+            are not ignored. A soft label's class weight is its mean; an ignored pixel has none, where mmseg looks for that of
+            class 255, and fails.
 
     Example:
         >>> import torch
@@ -148,7 +155,20 @@ def soft_label_loss(
         return loss
     if avg_factor is not None:
         return loss.sum() / avg_factor
-    return loss.sum() if reduction == "sum" else loss.mean()
+    if reduction == "sum":
+        return loss.sum()
+    return loss.mean() if avg_non_ignore is None else loss.sum() / _divisor(soft_label, class_weight, avg_non_ignore)
+
+
+def _divisor(soft_label: Tensor, class_weight: Optional[Tensor], avg_non_ignore: bool) -> Tensor:
+    """What the mean of mmseg 1.x divides by, never 0."""
+    if class_weight is not None:
+        total = (soft_label * class_weight.view(1, -1, 1, 1)).sum()
+    elif avg_non_ignore:
+        total = (soft_label.detach() > 0).any(1).sum().to(soft_label.dtype)
+    else:
+        total = soft_label.new_tensor(float(soft_label[:, 0].numel()))
+    return total.clamp(min=torch.finfo(torch.float32).eps)
 
 
 def window_like(part: Tensor, whole: Tensor, other: Tensor) -> Tensor:
