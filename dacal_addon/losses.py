@@ -14,6 +14,8 @@ from ._check import as_whole, check_label, check_logits, check_number, check_ten
 from ._resize import MODES
 from ._upcast import at_least_float32
 from .ignoring import IgnoreIndex, ignored_or_255, is_ignored, void_label, with_one_void
+from .mixing import mix
+from .pseudo_labels import SoftPseudoLabels
 
 
 class InnerLoss(Protocol):
@@ -72,6 +74,53 @@ def soft_cross_entropy(logits: Tensor, soft_label: Tensor, weight: Optional[Tens
     loss = -(y * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(1)
     labelled = (y.detach() > 0).any(1)
     return _mean_over(labelled, loss, _checked_weight("soft_cross_entropy", weight, loss))
+
+
+def mixed_views_loss(
+    logits: Tensor, labels: SoftPseudoLabels, masks: Sequence[Tensor], *, partner: Optional[SoftPseudoLabels] = None
+) -> Tensor:
+    """Mean of `soft_cross_entropy` over views of the target images, into each of which a part of another one was pasted.
+
+    For loops that mix target with target. Labels and weights are mixed as the views were; a pixel that is padding in the image
+    that it comes from counts neither in a view's loss nor in its mean. With hard labels and weights of "threshold" this is
+    UniMatch's mean over the two strong views.
+
+    Args:
+        logits: (V * N, C, *S), floating: of N target images in V views, view by view, as of `torch.cat((view_1, view_2))`.
+        labels: of the N target images.
+        masks: V of them, each (N, 1, *S) bool: True where the view shows the other image.
+        partner: labels of the images that were pasted; None where image i got a part of the image N - 1 - i of its own batch.
+
+    Returns:
+        A scalar; gradient as of `soft_cross_entropy`.
+
+    Raises:
+        ValueError, TypeError: another number of views; shapes or kinds that do not fit.
+
+    Example (image 0 is of class 0, image 1 of class 1; the second pixel of each is the other one's):
+        >>> from dacal_addon.pseudo_labels import SoftPseudoLabels, one_hot
+        >>> hard = torch.tensor([[[0, 0]], [[1, 1]]])
+        >>> labels = SoftPseudoLabels(one_hot(hard, 2), hard, torch.ones(2, 1, 2), torch.ones(2, 1, 1, 2))
+        >>> mask = torch.tensor([False, True]).view(1, 1, 1, 2).expand(2, 1, 1, 2)
+        >>> sure = torch.tensor([[[[9.0, -9.0]], [[-9.0, 9.0]]], [[[-9.0, 9.0]], [[9.0, -9.0]]]])
+        >>> mixed_views_loss(sure, labels, [mask]).item() < 1e-7
+        True
+
+    Source: UniMatch (Yang et al., CVPR 2023) and UniMatch V2 (Yang et al., TPAMI 2025), whose strong views are CutMixed.
+    """
+    check_logits("mixed_views_loss", "logits", logits)
+    n = len(labels.weight)
+    if not masks or len(logits) != len(masks) * n:
+        expected = f"logits of {n} images in as many views as there are masks, ({len(masks)} * {n}, C, *spatial)"
+        remedy = "pass the logits of all views, torch.cat((view_1, view_2)), and one mask a view"
+        raise problem("mixed_views_loss", expected=expected, got=describe(logits), remedy=remedy)
+    if partner is None:
+        partner = SoftPseudoLabels(*(part.flip(0) for part in labels))
+    losses = [
+        soft_cross_entropy(view, mix(mask, partner.soft_label, labels.soft_label), mix(mask, partner.weight, labels.weight))
+        for view, mask in zip(logits.split(n), masks)
+    ]
+    return torch.stack(losses).mean()
 
 
 def cross_entropy(

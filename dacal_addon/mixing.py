@@ -179,6 +179,7 @@ def blend_pairs(
     share: float = 0.65,
     differing: bool = False,
     ignore_index: IgnoreIndex = 255,
+    shift: Optional[int] = None,
 ) -> Tuple[Tensor, Tensor]:
     """Blend each image with another one of the batch, `share` to 1 - `share`; the label is the dominant image's.
 
@@ -189,6 +190,7 @@ def blend_pairs(
         share: of the dominant image, in 0..1.
         differing: keep only pixels whose two labels are known and differ, the last of `ignore_index` elsewhere:
             PseudoCal's cross-cluster rule. A pixel whose two images agree is easier than any pixel of either.
+        shift: by how many places, where that is drawn already.
 
     Returns:
         The blended images and their labels, of the shapes of the inputs.
@@ -208,12 +210,17 @@ def blend_pairs(
     if n < 2:
         raise problem("blend_pairs", expected="at least 2 images", got=f"{n}", remedy="use a larger batch")
     check_number("blend_pairs", "share", share, low=0.0, high=1.0, rule="in [0, 1]")
-    shift = int(torch.randint(1, n, (1,), generator=generator, device=generator.device))
+    shift = int(draw_shift(n, generator=generator)) if shift is None else shift
     blended = share * image + (1 - share) * image.roll(shift, 0)
     if not differing:
         return blended, label
     other = label.roll(shift, 0)
     return blended, label.masked_fill((label == other) | is_ignored(other, ignored), void_label(ignored))
+
+
+def draw_shift(n: int, *, generator: torch.Generator) -> Tensor:
+    """By how many places `blend_pairs` rotates a batch of `n` images: a whole number in 1..n-1, (1,) int64."""
+    return torch.randint(1, n, (1,), generator=generator, device=generator.device)
 
 
 def check_mask(function: str, mask: object, *, size: Optional[Sequence[int]] = None) -> None:

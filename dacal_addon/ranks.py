@@ -1,4 +1,4 @@
-"""Several processes: averages over the ranks of a `torch.distributed` group."""
+"""Several processes: averages over the ranks of a `torch.distributed` group, and what each needs of the others."""
 
 from typing import Any, List, Optional, Sequence
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from ._check import problem
 
 _BUCKET = 1 << 22  # elements sent at once, so that the copy that is sent stays small
+_MOST_DIMENSIONS = 8  # of a tensor that is gathered: images have 3 to 5
 
 
 class Ranks:
@@ -59,6 +60,8 @@ class Ranks:
 
     def anywhere(self, flag: bool, *, like: Tensor) -> bool:
         """Whether the flag is set on any rank."""
+        if self.size == 1:
+            return flag
         return float(self.average_number(like.new_full((), float(flag)))) > 0
 
     def total(self, tensor: Tensor) -> Tensor:
@@ -80,6 +83,32 @@ class Ranks:
             value = tensor.detach().clone() if self.rank == 0 else torch.zeros_like(tensor)
             self._sum(value)
             tensor.data.copy_(value)
+
+    def first(self, tensor: Tensor) -> Tensor:
+        """The first rank's tensor, on every rank; all have one shape."""
+        return self.total(tensor if self.rank == 0 else torch.zeros_like(tensor))
+
+    def gather(self, function: str, name: str, tensor: Tensor) -> Tensor:
+        """The tensors of all ranks, (N, ...) each, as one batch (size * N, ...) in the order of the ranks; without gradient.
+
+        Raises:
+            ValueError: on every rank, where their shapes differ.
+        """
+        if self.size == 1:
+            return tensor.detach()
+        shapes = torch.zeros(self.size, _MOST_DIMENSIONS, dtype=torch.int64, device=tensor.device)
+        shapes[self.rank, : tensor.dim()] = torch.tensor(tensor.shape)
+        every = [tuple(size for size in shape if size) for shape in self.total(shapes).tolist()]
+        if len(set(every)) > 1:
+            other = next(rank for rank, shape in enumerate(every) if shape != every[0])
+            expected = f"{name} of one shape on every rank, for images are blended across ranks"
+            remedy = "give every rank as many images of one size (also in the last batch: drop_last=True)"
+            got = f"{every[0]} on rank 0 and {every[other]} on rank {other}"
+            raise problem(function, expected=expected, got=got, remedy=remedy)
+        # Each rank adds its own to zeros: gloo cannot gather what is on a GPU, but it can sum it.
+        parts = tensor.new_zeros(self.size, *tensor.shape)
+        parts[self.rank] = tensor.detach()
+        return self.total(parts).flatten(0, 1)
 
     def _sum(self, tensor: Tensor) -> None:
         torch.distributed.all_reduce(tensor, **self._group)

@@ -10,6 +10,7 @@ from .calibrate import TemperatureEstimate, estimate_temperature, fold_temperatu
 from .ignoring import IgnoreIndex, ignored_or_255
 from .learners import DEFAULT_LEARNER, LEARNERS, CalibrationStepResult, Learner, Skip, SkipKind
 from .learners.inputs import ask_teacher, check_batch
+from .learners.learner import OwnLoss
 from .learners.networks import Network, Outputs
 from .mixing import class_mask, mix
 from .pseudo_labels import SoftPseudoLabeler, SoftPseudoLabels, one_hot
@@ -171,31 +172,26 @@ class DACal:
         Raises:
             ValueError, TypeError: tensors that do not fit each other; nothing has changed then.
         """
-        name, seen = "DACal" if self.learner is None else type(self.learner).__name__, teacher_image
-        check_batch(name, source_image, source_label, target_image, teacher_image=teacher_image, mask=mask)
-        logits, features = ask_teacher(name, self._outputs, self.teacher, target_image if seen is None else seen)
+        seen = teacher_image
+        check_batch(self._name, source_image, source_label, target_image, teacher_image=teacher_image, mask=mask)
+        logits, features = ask_teacher(self._name, self._outputs, self.teacher, target_image if seen is None else seen)
         if self.learner is None:  # else its temperature net looks
-            check_logits(name, "logits", logits, num_classes=self._num_classes)
+            check_logits(self._name, "logits", logits, num_classes=self._num_classes)
         if mask is None:
             mask = class_mask(source_label, generator=self.generator, ignore_index=self.ignore_index)
-        learned = _NO_TEMPERATURES
-        if self.learner is not None:
-            learned = self.learner(
-                source_image,
-                source_label,
-                target_image,
-                logits,
-                teacher=self.teacher,
-                teacher_features=features,
-                teacher_image=teacher_image,
-                mask=mask,
-                valid=valid,
-            )
+        learned = self.learn(
+            source_image,
+            source_label,
+            target_image,
+            logits,
+            features=features,
+            teacher_image=teacher_image,
+            mask=mask,
+            valid=valid,
+        )
         with torch.no_grad():
             labels = self.labeler(logits, features=features, valid=valid, ignore_index=self.ignore_index)
-        taught = labels.soft_label
-        if self.learner is None:
-            taught = one_hot(labels.pseudo_label, taught.shape[1], ignore_index=self.ignore_index).to(taught.dtype)
+        taught = self._taught(labels)
         return MixedBatch(
             mix(mask, source_image, target_image),
             mix(mask, source_label, taught, ignore_index=self.ignore_index),
@@ -204,6 +200,83 @@ class DACal:
             labels,
             learned,
         )
+
+    def learn(
+        self,
+        source_image: Tensor,
+        source_label: Tensor,
+        target_image: Tensor,
+        logits: Tensor,
+        *,
+        features: Optional[Tensor] = None,
+        teacher_image: Optional[Tensor] = None,
+        mask: Optional[Tensor] = None,
+        valid: Optional[Tensor] = None,
+        own_loss: Optional[OwnLoss] = None,
+    ) -> CalibrationStepResult:
+        """For a loop that mixes by itself: let the temperatures learn, once an iteration, before `label`.
+
+        Without a learner there are none, and nothing happens. The student's graphs that the loop holds stay valid.
+
+        Args:
+            source_image, source_label, target_image, teacher_image, mask, valid: as for a call.
+            logits, features: what the teacher says of the target images.
+            own_loss: `(f, label) -> scalar`, the loop's own loss on its mixed images, for a learner that looks at it
+                ("bilevel"): it calls the student by `f`, and labels by `label(logits)`. The loop itself trains on
+                `own_loss(student, dacal.label)`.
+
+        Raises:
+            ValueError, TypeError: tensors that do not fit each other; nothing has changed then.
+
+        Example (target images with boxes cut out of each other, as in UniMatch):
+            >>> from dacal_addon.losses import mixed_views_loss
+            >>> from dacal_addon.mixing import cut_mask
+            >>> g = torch.Generator().manual_seed(0)
+            >>> student, teacher = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+            >>> optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+            >>> dacal = DACal(student, teacher, optimizer, num_classes=4, learner="bilevel", warmup=0, weight="none")
+            >>> image, label = torch.rand(2, 3, 8, 8, generator=g), torch.randint(0, 4, (2, 8, 8), generator=g)
+            >>> box, logits = cut_mask((2, 8, 8), generator=g), teacher(image)
+            >>> view = mix(box, image.flip(0), image)
+            >>> own_loss = lambda f, label: mixed_views_loss(f(view), label(logits), [box])
+            >>> dacal.learn(image, label, image, logits, own_loss=own_loss).skipped is None
+            True
+            >>> own_loss(student, dacal.label).requires_grad
+            True
+        """
+        if self.learner is None:
+            return _NO_TEMPERATURES
+        return self.learner(
+            source_image,
+            source_label,
+            target_image,
+            logits,
+            teacher=self.teacher,
+            teacher_features=features,
+            teacher_image=teacher_image,
+            mask=mask,
+            valid=valid,
+            own_loss=own_loss,
+        )
+
+    def label(self, logits: Tensor, *, features: Optional[Tensor] = None, valid: Optional[Tensor] = None) -> SoftPseudoLabels:
+        """For a loop that mixes by itself: what the student is taught on target images; detached.
+
+        Args:
+            logits: (N, C, *S), floating: what the teacher says of them, at the resolution of the labels.
+            features: (N, F, *s), for a `temperature_net` with `feature_channels`.
+            valid: (N, *S) bool, False on padding, which counts neither in a loss nor in its mean.
+
+        Returns:
+            Labels whose `soft_label` is the calibrated one; without a learner one-hot, and all zeros on padding.
+
+        Raises:
+            ValueError, TypeError: shapes or kinds that do not fit.
+        """
+        check_logits("DACal.label", "logits", logits, num_classes=self._num_classes)
+        with torch.no_grad():
+            labels = self.labeler(logits, features=features, valid=valid, ignore_index=self.ignore_index)
+        return labels._replace(soft_label=self._taught(labels))
 
     def calibrate(self, *, source: Any, target: Any, labelled_target: Any = None, **options: Any) -> TemperatureEstimate:
         """When training is over: find one temperature for the target, and fold it into the student's last layer, in place.
@@ -228,6 +301,18 @@ class DACal:
         )
         fold_temperature(self.student, found.temperature, layer=layer)
         return found
+
+    @property
+    def _name(self) -> str:
+        """For messages."""
+        return "DACal" if self.learner is None else type(self.learner).__name__
+
+    def _taught(self, labels: SoftPseudoLabels) -> Tensor:
+        """The soft label of what a student is taught: the calibrated one, or the hard one where nothing calibrates."""
+        soft = labels.soft_label
+        if self.learner is not None:
+            return soft
+        return one_hot(labels.pseudo_label, soft.shape[1], ignore_index=self.ignore_index).to(soft.dtype)
 
     def _calibration_options(self) -> Dict[str, Any]:
         options: Dict[str, Any] = {"logits_of": self._outputs.logits_of, "ignore_index": self.ignore_index}

@@ -373,6 +373,9 @@ def test_where_no_layer_is_found_the_error_lists_candidates():
         fold_temperature(model, 2.0, layer="out.cnv")
     before = model(image())
     assert fold_temperature(model, 2.0, layer="out.conv") == ("out.conv",)
+    wrapped = nn.DataParallel(Odd())
+    assert fold_temperature(wrapped, 2.0, layer="out.conv") == ("module.out.conv",)
+    assert fold_temperature(nn.DataParallel(Odd()), 2.0, layer="module.out.conv") == ("module.out.conv",)
     assert torch.allclose(model(image()), before / 2, atol=1e-6)
 
 

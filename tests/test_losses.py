@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dacal_addon import soft_cross_entropy, two_channels
+from dacal_addon import SoftPseudoLabeler, SoftPseudoLabels, mixed_views_loss, soft_cross_entropy, two_channels
 from dacal_addon.losses import CrossEntropyAndGap, brier, calibration_gap, cross_entropy
 from dacal_addon.metrics import brier as brier_of_metrics
 from dacal_addon.pseudo_labels import one_hot
@@ -311,3 +311,66 @@ def test_the_number_of_bins_may_be_numpys():
     assert CrossEntropyAndGap(gap_weight=1.0, n_bins=np.int64(7))(z, label).item() == pytest.approx(
         expected + cross_entropy(z, label).item()
     )
+
+
+def unimatchs(z, label, confidence, ignored, threshold):
+    """The loss of one view by UniMatch's rule: sure pixels that are no padding, over all pixels that are none."""
+    total, count = 0.0, 0
+    for pixel in np.ndindex(*label.shape):
+        n, i, j = pixel
+        if ignored[pixel]:
+            continue
+        count += 1
+        if confidence[pixel] >= threshold:
+            total += float(torch.logsumexp(z[n, :, i, j], 0) - z[n, label[pixel], i, j])
+    return total / count
+
+
+@pytest.mark.parametrize("own_batch", [True, False])
+def test_with_hard_labels_it_is_unimatchs_loss_on_its_views(own_batch):
+    """Labels, confidences and paddings are pasted pixel by pixel here, and the weak views' padding differs."""
+    threshold = 0.8
+    teacher, other = logits(1, (3, 4, 5, 6)), logits(1 if own_batch else 2, (3, 4, 5, 6))
+    valid, other_valid = (torch.rand(3, 5, 6, generator=generator(seed)) < 0.7 for seed in (3, 3 if own_batch else 4))
+    if own_batch:
+        other, other_valid = other.flip(0), other_valid.flip(0)
+    masks = [torch.rand(3, 1, 5, 6, generator=generator(seed)) < 0.4 for seed in (5, 6)]
+    views = [logits(seed, (3, 4, 5, 6)) for seed in (7, 8)]
+    expected = []
+    for z, mask in zip(views, masks):
+        paste = mask[:, 0]
+        mixed = torch.where(mask, other, teacher)
+        confidence, label = mixed.softmax(1).max(1)
+        expected.append(unimatchs(z, label, confidence, ~((paste & other_valid) | (~paste & valid)), threshold))
+
+    labeler = SoftPseudoLabeler(None, weight="threshold", threshold=threshold)
+
+    def hard(z, valid):
+        labels = labeler(z, valid=valid)
+        return labels._replace(soft_label=one_hot(labels.pseudo_label, 4).double())
+
+    partner = None if own_batch else hard(other, other_valid)
+    found = mixed_views_loss(torch.cat(views), hard(teacher, valid), masks, partner=partner)
+    assert found.item() == pytest.approx(sum(expected) / 2, rel=1e-12)
+    assert expected[0] != pytest.approx(expected[1], rel=1e-3)
+
+
+def test_mixed_views_carry_the_gradient_of_both_sides_labels():
+    soft = torch.softmax(logits(1), 1).requires_grad_()
+    labels = SoftPseudoLabels(soft, soft.argmax(1), torch.ones(2, 5, 6).double(), torch.ones(2, 1, 5, 6).double())
+    mask = torch.zeros(2, 1, 5, 6).bool()
+    mask[0] = True  # view 0 shows image 1 alone, and so does view 1: image 0 is nowhere
+    z = logits(2).requires_grad_()
+    (grad,) = torch.autograd.grad(mixed_views_loss(z, labels, [mask]), soft)
+    np.testing.assert_allclose(grad[0], torch.zeros(4, 5, 6))
+    np.testing.assert_allclose(grad[1], -z.log_softmax(1).sum(0).detach() / 60)
+
+
+def test_mixed_views_are_counted():
+    labels = SoftPseudoLabeler(None)(logits(1))
+    mask = torch.zeros(2, 1, 5, 6).bool()
+    for z, masks in ((logits(2), [mask, mask]), (logits(2, (4, 4, 5, 6)), [mask]), (logits(2), [])):
+        with pytest.raises(ValueError, match=r"expected logits of 2 images in as many views as there are masks, \(\d \* 2, C"):
+            mixed_views_loss(z, labels, masks)
+    with pytest.raises(ValueError, match="expected mask: a bool tensor"):
+        mixed_views_loss(logits(2), labels, [mask[:, 0]])

@@ -1,6 +1,7 @@
 """Several processes, on gloo: one hypergradient, that of the whole batch, and one temperature net."""
 
 import copy
+import math
 import os
 import tempfile
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dacal_addon import BilevelCalibrationStep, MetaTemperatureNet, SkipKind, SoftPseudoLabeler, TemperatureFit, hypergradient
+from dacal_addon.learners.judged_sets import DomainBatch, differing_blends
 from dacal_addon.losses import brier
 from dacal_addon.pseudo_labels import one_hot
 from dacal_addon.ranks import Ranks
@@ -110,18 +112,18 @@ def calibration(part, engine, **options):
     return results, list(net.parameters()), [parameter.grad for parameter in student.parameters()]
 
 
-def worker(rank, store, check, arguments):
+def worker(rank, store, check, arguments, size):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     try:
         globals()[check](rank, *arguments)
     finally:
         torch.distributed.destroy_process_group()
 
 
-def on_two_ranks(check, *arguments):
+def on_ranks(check, *arguments, size=2):
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(worker, (os.path.join(folder, "store"), check.__name__, arguments), nprocs=2)
+        torch.multiprocessing.spawn(worker, (os.path.join(folder, "store"), check.__name__, arguments, size), nprocs=size)
 
 
 def check_averages(rank):
@@ -136,6 +138,16 @@ def check_averages(rank):
     assert ranks.average_number(torch.tensor(float(rank))).item() == 0.5
     assert ranks.anywhere(rank == 1, like=torch.zeros(()))
     assert not ranks.anywhere(False, like=torch.zeros(()))
+    assert ranks.first(torch.tensor([3 + rank])).tolist() == [3]
+    mine = torch.tensor([[10.0 * rank, -math.inf]])
+    mine.requires_grad_()
+    gathered = ranks.gather("f", "x", mine)
+    assert gathered.tolist() == [[0.0, -math.inf], [10.0, -math.inf]]
+    assert not gathered.requires_grad
+    assert ranks.gather("f", "x", torch.full((2, 1), rank)).flatten().tolist() == [0, 0, 1, 1]
+    expected = r"f: expected x of one shape on every rank, .* got \(1, 3\) on rank 0 and \(2, 3\) on rank 1; .*drop_last=True"
+    with pytest.raises(ValueError, match=expected):
+        ranks.gather("f", "x", torch.zeros(1 + rank, 3))
     big = [torch.full((1 << 22,), float(rank)), torch.full((5,), float(rank))]  # more than one bucket
     assert all(bool((x == 0.5).all()) for x in ranks.average(big, big))
     alone = [torch.distributed.new_group([i]) for i in range(2)][rank]
@@ -233,7 +245,76 @@ def check_sharded_students_are_refused(rank):
                 hypergradient(student, lambda f: None, lambda f: None, [omega], optimizer=optimizer, engine=engine)
 
 
-CHECKS = [check_averages, check_hypergradients, check_calibration, check_nets_stay_identical]
+def blending(kind, part, images=2, **options):
+    """Three iterations of a learner that blends target images; `part`: the rank whose share it sees, None for everything."""
+    source, label, target, logits, mask, _ = batch()
+    share = slice(0, images) if part is None else slice(part * images // 2, (part + 1) * images // 2)
+    valid = torch.rand(4, 8, 8, generator=generator(6)) < 0.9
+    net, student = temperature_net(), Student()
+    learner = kind.for_loop(
+        SoftPseudoLabeler(net, weight="none"),
+        student=student,
+        optimizer=optimizer_of(student),
+        meta_optimizer=torch.optim.SGD(net.parameters(), lr=1.0),
+        warmup=0,
+        **options,
+    )
+    results = [
+        learner(
+            *(x[share] for x in (source, label, target, logits)),
+            mask=mask[share],
+            valid=valid[share],
+            teacher=lambda image: 3 * torch.cat([image, image[:, :1].cos()], 1),
+        )
+        for _ in range(3)
+    ]
+    assert all(result.skipped is None for result in results)
+    figures = [x for result in results for x in (result.outer_loss_before, result.hypergradient_norm)]
+    return figures, [parameter.detach() for parameter in net.parameters()]
+
+
+def check_one_image_a_rank(rank):
+    """Two ranks give what one process gives that has both images; with two images each they blend their own, as ever."""
+    for kind, options in (
+        (TemperatureFit, {}),
+        (TemperatureFit, {"judged_set": "target_blends"}),
+        (BilevelCalibrationStep, {"judged_set": "target_blends", "engine": "higher"}),
+        (BilevelCalibrationStep, {"judged_set": "differing_blends", "engine": "finite_difference"}),
+    ):
+        expected, expected_net = blending(kind, None, process_group=alone(rank), **options)
+        got, net = blending(kind, rank, **options)
+        assert got == pytest.approx(expected, rel=1e-6)
+        assert min(expected) > 0
+        assert distance(net, expected_net) <= 1e-6
+        start = [parameter.detach() for parameter in temperature_net().parameters()]
+        assert distance(net, start) > 1e-5  # it has learned
+        other, _ = blending(kind, None, process_group=alone(rank), images=4, **options)
+        assert other != pytest.approx(expected, rel=1e-3)  # which images matters
+    with pytest.raises(ValueError, match="expected at least 2 target images to blend, got 1; use a larger batch"):
+        blending(TemperatureFit, None, images=1, process_group=alone(rank))
+
+
+def check_ranks_of_unlike_batches(rank):
+    source, label, target, logits, mask, _ = batch()
+    share = slice(0, 1) if rank else slice(2, 4)
+    net = temperature_net()
+    fit = TemperatureFit(SoftPseudoLabeler(net, weight="none"), meta_optimizer=torch.optim.SGD(net.parameters(), lr=1.0))
+    expected = (
+        r"target_blends: expected target_image of one shape on every rank, .* got \(2, 3, 8, 8\) on rank 0 and \(1, 3, 8, 8\)"
+    )
+    with pytest.raises(ValueError, match=expected):
+        fit(*(x[share] for x in (source, label, target, logits)), mask=mask[share], teacher=lambda image: image)
+    assert fit.iteration == 0
+
+
+CHECKS = [
+    check_averages,
+    check_hypergradients,
+    check_calibration,
+    check_nets_stay_identical,
+    check_one_image_a_rank,
+    check_ranks_of_unlike_batches,
+]
 if hasattr(torch, "func"):
     CHECKS += [check_auto_falls_back_together]
 if hasattr(torch.distributed, "device_mesh"):  # torch >= 2.6 has both kinds of FSDP in one place
@@ -242,13 +323,19 @@ if hasattr(torch.distributed, "device_mesh"):  # torch >= 2.6 has both kinds of 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__[len("check_") :])
 def test_two_ranks(check):
-    on_two_ranks(check)
+    on_ranks(check)
+
+
+def test_four_ranks_of_one_image():
+    on_ranks(check_every_rank_blends_with_another_ones_image, size=4)
 
 
 def test_one_process_needs_nothing_of_torch_distributed():
     tensors = [torch.ones(2), None]
     assert Ranks().size == 1
     assert Ranks().average(tensors, [torch.zeros(2), torch.zeros(1)]) == tensors
+    assert Ranks().gather("f", "x", tensors[0]).tolist() == [1.0, 1.0]
+    assert Ranks().first(tensors[0]).tolist() == [1.0, 1.0]
 
 
 def check_fitted_temperatures(rank, expected):
@@ -278,6 +365,26 @@ def check_fitted_temperatures(rank, expected):
     assert not all(torch.equal(value, other) for value, other in zip(same, expected[2:]))
 
 
+def check_every_rank_blends_with_another_ones_image(rank):
+    """Four ranks of one image: the first rank's draw decides for all, though the generators differ."""
+    images = [torch.full((1, 3, 2, 2), float(10**i)) for i in range(4)]
+    labels = [torch.full((1, 2, 2), i) for i in range(4)]
+    weight = torch.ones(1, 2, 2)
+    shifts = set()
+    for seed in range(8):
+        mine = DomainBatch(images[0], labels[0], images[rank], labels[rank], weight, weight.view(1, 1, 2, 2) > 0, 255, Ranks())
+        judged = differing_blends(mine, generator=generator(100 * rank + seed))
+        other = ((judged.image - 0.65 * images[rank]) / 0.35).log10().round()
+        assert judged.image.shape == images[rank].shape
+        shift = torch.randint(1, 4, (1,), generator=generator(seed)).item()
+        assert bool((other == (rank - shift) % 4).all())
+        assert torch.equal(judged.label, labels[rank])
+        shifts.add(shift)
+    assert len(shifts) == 3
+    same = mine._replace(pseudo_label=labels[0])
+    assert bool((differing_blends(same, generator=generator()).label == 255).all())  # all labels of all ranks are one
+
+
 def fitting_batch(rank):
     image = randn(2, 3, 4, 4, seed=8 + rank).float()
     label = torch.randint(0, 3, (2, 4, 4), generator=generator(rank))
@@ -303,4 +410,4 @@ def test_two_ranks_fit_the_temperatures_of_the_whole_batch():
         (total / count).backward()
         optimizer.step()
         losses.append(float(total.detach()) / count)
-    on_two_ranks(check_fitted_temperatures, [*losses, *(p.detach() for p in net.parameters())])
+    on_ranks(check_fitted_temperatures, [*losses, *(p.detach() for p in net.parameters())])

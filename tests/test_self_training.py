@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dummy_learner import TowardsTwo
+from problems import ENGINES
 from torch import nn
 
 from dacal_addon import (
@@ -18,6 +19,8 @@ from dacal_addon import (
     SkipKind,
     SoftPseudoLabeler,
     TemperatureFit,
+    hypergradient,
+    mixed_views_loss,
     soft_cross_entropy,
     two_channels,
 )
@@ -212,6 +215,106 @@ def test_it_holds_no_logic_of_its_own():
     assert torch.equal(mixed.weight, mix(mask, torch.ones(2, 32, 32), labels.weight))
     assert all(torch.equal(*pair) for pair in zip(mixed.labels, labels))
     assert float(mixed.labels.temperature.max()) > 1.0 or float(mixed.labels.temperature.min()) < 1.0
+
+
+def own_mixes(learner, **options):
+    """A loop that cuts target images into each other, and what of it a learner is told."""
+    scene = setting(Plain, None)
+    source_image, source_label, target_image = scene["loader"][0]
+    scene["teacher"].head.weight.data *= 9
+    logits, valid = scene["teacher"](target_image).detach(), torch.ones(2, 32, 32).bool()
+    valid[:, :, -4:] = False
+    boxes = [cut_mask((2, 32, 32), generator=generator(i), share=(0.3, 0.4)) for i in range(2)]
+    views = torch.cat([mix(box, view.flip(0), view) for box, view in zip(boxes, (target_image, 0.5 * target_image))])
+
+    def own_loss(f, label):
+        return mixed_views_loss(f(views), label(logits, valid=valid), boxes)
+
+    dacal = DACal(scene["student"], scene["teacher"], scene["optimizer"], num_classes=CLASSES, learner=learner, **options)
+    call = {"valid": valid, "own_loss": own_loss}
+    return scene, dacal, (source_image, source_label, target_image, logits), call
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_bilevel_step_looks_ahead_along_the_loops_own_loss(engine):
+    """Against `hypergradient` with closures of its own; a graph that the loop holds stays good."""
+    options = {"warmup": 0, "weight": "none", "judged_set": "source_pixels", "engine": engine}
+    scene, dacal, batch, call = own_mixes("bilevel", **options)
+    student, net = scene["student"], dacal.learner.temperature_net
+    mask = class_mask(batch[1], generator=generator())
+    image, label = mix(~mask, batch[0], batch[2]), batch[1].masked_fill(mask[:, 0], 255)
+    expected = hypergradient(
+        student,
+        lambda f: call["own_loss"](f, lambda logits, valid: SoftPseudoLabeler(net, weight="none")(logits, valid=valid)),
+        lambda f: F.cross_entropy(f(image), label, ignore_index=255),
+        list(net.parameters()),
+        optimizer=scene["optimizer"],
+        engine=engine,
+    )
+    norm = math.sqrt(sum(float(grad.pow(2).sum()) for grad in expected.grads))
+    held = student(batch[0]).sum()
+    before = copy.deepcopy(student.state_dict())
+    learned = dacal.learn(*batch, mask=mask, **call)
+    assert learned.skipped is None
+    assert learned.hypergradient_norm == pytest.approx(norm, rel=1e-4)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    held.backward()
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+    _, without, _, _ = own_mixes("bilevel", **options)
+    other = without.learn(*batch, mask=mask, valid=call["valid"])  # of source images mixed into target images
+    assert other.hypergradient_norm != pytest.approx(norm, rel=1e-2)
+
+
+@pytest.mark.parametrize("learner", [None, "fit", "bilevel"])
+def test_a_loop_that_mixes_by_itself_gets_labels_and_learning(learner):
+    options = {} if learner is None else {"warmup": 0}
+    scene, dacal, batch, call = own_mixes(learner, weight="threshold", threshold=0.5, **options)
+    for _ in range(2):
+        learned = dacal.learn(*batch, **call)
+    logits, valid = batch[3], call["valid"]
+    labels = dacal.label(logits, valid=valid)
+    assert not labels.soft_label.requires_grad
+    assert float(labels.soft_label.masked_select(~valid.unsqueeze(1)).abs().max()) == 0.0
+    if learner is None:
+        assert learned.skipped.kind is SkipKind.HARD_LABELS
+        assert torch.equal(labels.soft_label.argmax(1)[valid], logits.argmax(1)[valid])
+        assert torch.equal(labels.soft_label.amax(1)[valid], torch.ones(int(valid.sum())))
+    else:
+        assert learned.skipped is None
+        expected = torch.softmax(logits / labels.temperature, 1).masked_fill(~valid.unsqueeze(1), 0.0)
+        assert torch.allclose(labels.soft_label, expected)
+        assert float((labels.temperature - 1).abs().max()) > 1e-5
+    assert torch.equal(labels.weight > 0, (logits.softmax(1).amax(1) >= 0.5) & valid)
+    call["own_loss"](scene["student"], dacal.label).backward()
+    net = [] if learner is None else dacal.learner.temperature_net.parameters()
+    assert all(parameter.grad is None for parameter in net)
+
+
+def test_a_temperature_net_with_statistics_labels_alike_in_all_passes():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.last = nn.BatchNorm2d(CLASSES), nn.Conv2d(CLASSES, 1, 1)
+
+        def forward(self, logits):
+            return self.last(self.norm(logits)).clamp(-1, 1).exp()
+
+    torch.manual_seed(0)
+    net = Normed()
+    options = {"temperature_net": net, "warmup": 0, "weight": "none"}
+    _, dacal, batch, call = own_mixes("bilevel", **options)
+    assert dacal.learn(*batch, **call).skipped is None
+    assert int(net.norm.num_batches_tracked) == 1  # that of the step's own labels
+
+
+def test_an_own_loss_is_not_for_backward():
+    _, dacal, batch, call = own_mixes("bilevel", warmup=0)
+    with pytest.raises(ValueError, match="BilevelCalibrationStep: expected backward or own_loss, got both; do the backward"):
+        dacal.learner(*batch, backward=True, **call)
+    assert dacal.learner.iteration == 0
+    with pytest.raises(ValueError, match=r"DACal.label: expected logits: .* with C = 5, got float32 \(2, 4, 32, 32\)"):
+        dacal.label(batch[3][:, :4])
 
 
 def test_a_learner_of_somebody_elses_needs_one_file():

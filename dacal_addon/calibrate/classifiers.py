@@ -30,7 +30,7 @@ def classifiers(model: nn.Module, *, layer: Union[str, Sequence[str], None] = No
 
     Args:
         model: may be wrapped for several GPUs or compiled.
-        layer: the name, or the names, to take instead.
+        layer: the name, or the names, to take instead; as the model has it without its wrapper will do.
 
     Raises:
         ValueError: nothing of the kind; the message names the layers that could be it. A name that the model lacks.
@@ -65,12 +65,13 @@ def _found(model: nn.Module) -> Dict[str, nn.Module]:
 
 
 def _named(model: nn.Module, names: Sequence[str]) -> Dict[str, nn.Module]:
-    modules = dict(model.named_modules())
-    for name in names:
-        if name not in modules:
+    modules, (prefix, _) = dict(model.named_modules()), _unwrapped(model)
+    found = {name if name in modules else prefix + name: name for name in names}
+    for full, name in found.items():
+        if full not in modules:
             expected = f"layer to name modules of {type(model).__name__}"
             raise problem("classifiers", expected=expected, got=repr(name), remedy=_candidates(model))
-    return {name: modules[name] for name in names}
+    return {full: modules[full] for full in found}
 
 
 def _unwrapped(model: nn.Module) -> Tuple[str, nn.Module]:

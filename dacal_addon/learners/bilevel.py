@@ -13,7 +13,7 @@ from ..ignoring import void_label
 from ..losses import InnerLoss, soft_cross_entropy
 from ..mixing import mix
 from ..preserve import Preserved, preserved
-from ..pseudo_labels import SoftPseudoLabeler, SoftPseudoLabels
+from ..pseudo_labels import SoftPseudoLabeler
 from ..ranks import Ranks
 from .judged_sets import JudgedBatch, as_judged
 from .learner import Defaults, Iteration, Learned, Learner, mean_over_all
@@ -35,7 +35,7 @@ class BilevelCalibrationStep(Learner):
         optimizer: the student's own; only read (see `hypergradient`). None: it is told later, by `use_optimizer`.
         meta_optimizer: Adam with a learning rate of about 3e-4 is a good start; a larger one only drives temperatures to their
             bounds sooner.
-        engine: "higher", "forward", "finite_difference" or "auto": see `hypergradient`, and the README for their costs.
+        engine: "higher", "forward", "finite_difference" or "auto": see `hypergradient`, and `docs/costs.md`.
         inner_loss: `(logits, soft_label, weight) -> scalar`, the host's own loss on mixed images.
         update_rule, clip_norm, measure_before: see `hypergradient`.
         options: those of `Learner`. `warmup` is 1000 where none is given: a look-ahead of one step asks an untrained student
@@ -132,7 +132,7 @@ class BilevelCalibrationStep(Learner):
         judged = judged._replace(weight=self.judged_weight(iteration.ranks, judged))
         result = hypergradient(
             self.student,
-            lambda f: self.loss_on_mixed(f, mixed.image, mixed.soft_label(), mixed.weight),
+            iteration.own_loss or (lambda f: self.loss_on_mixed(f, mixed.image, mixed.soft_label(), mixed.weight)),
             lambda f: self.loss_on_judged(f, judged),
             self.meta_parameters,
             optimizer=optimizer,
@@ -145,20 +145,19 @@ class BilevelCalibrationStep(Learner):
         )
         return Learned(
             result.grads,
-            mixed.labels.temperature,
-            outer_loss_before=float(result.outer_loss_before) if self.measure_before else None,
-            outer_loss_after=float(result.outer_loss_after),
+            mixed.temperature,
+            outer_loss_before=result.outer_loss_before if self.measure_before else None,
+            outer_loss_after=result.outer_loss_after,
             engine=result.engine,
-            inner_loss=float(result.inner_loss),
+            inner_loss=result.inner_loss,
             no_step=has_zero_step(optimizer, self.student.parameters()),
         )
 
     def train_student(self, iteration: Iteration) -> float:
         mixed = _Mixed(self, iteration)
-        label = mixed.labels.soft_label
 
         def loss(f: Student) -> Tensor:
-            return self.loss_on_mixed(f, mixed.image, mixed.mix(label), mixed.weight)
+            return self.loss_on_mixed(f, mixed.image, mixed.fixed_label, mixed.weight)
 
         return float(plain_backward(self.student, loss, process_group=self.process_group))
 
@@ -189,23 +188,25 @@ class _Mixed:
         self._net, self._label = learner.temperature_net, iteration.label
         self._before = Preserved(self._net)
         with torch.no_grad():
-            self.labels: SoftPseudoLabels = iteration.label()
+            labels = iteration.label()
         batch = iteration.batch
+        self.temperature = labels.temperature
         self.image = mix(batch.mask, batch.source_image, batch.target_image)
-        self.mix = partial(mix, batch.mask, batch.source_label, ignore_index=batch.ignore_index)
-        self._soft_label = self.mix(self.labels.soft_label)
+        self._mix = partial(mix, batch.mask, batch.source_label, ignore_index=batch.ignore_index)
+        self.fixed_label = self._mix(labels.soft_label)
+        """(N, C, *S), without a graph."""
         self.weight = mix(batch.mask, torch.ones_like(batch.weight), batch.weight)
         if learner.inner_loss is soft_cross_entropy:
-            self.weight = mean_over_all(iteration.ranks, self.weight, (self._soft_label > 0).any(1))
+            self.weight = mean_over_all(iteration.ranks, self.weight, (self.fixed_label > 0).any(1))
         self._with_graph: List[Tensor] = []
 
     def soft_label(self) -> Tensor:
         """(N, C, *S), with the temperature net's gradient while its parameters require one."""
         # Its graph is large: not before an engine asks for it, and once for all its passes.
         if not any(parameter.requires_grad for parameter in self._net.parameters()):
-            return self._soft_label
+            return self.fixed_label
         if not self._with_graph:
             with preserved(self._net):
                 self._before.rewind()  # a net with dropout or BatchNorm must give the same labels again
-                self._with_graph.append(self.mix(self._label().soft_label))
+                self._with_graph.append(self._mix(self._label().soft_label))
         return self._with_graph[0]

@@ -5,15 +5,16 @@ look like is the open question of the method.
 """
 
 from contextlib import nullcontext
-from typing import Any, ContextManager, Dict, NamedTuple, Protocol
+from typing import Any, ContextManager, Dict, NamedTuple, Optional, Protocol
 
 import torch
 from torch import Tensor
 
 from .._check import problem
 from ..ignoring import IgnoreIndex, void_label
-from ..mixing import blend_pairs, complement, mix
+from ..mixing import blend_pairs, complement, draw_shift, mix
 from ..preserve import in_evaluation_mode
+from ..ranks import Ranks
 
 
 class DomainBatch(NamedTuple):
@@ -33,6 +34,8 @@ class DomainBatch(NamedTuple):
     """(N, 1, *S) bool, True = source pixel of the mixed image."""
     ignore_index: IgnoreIndex
     """One label, or several where the learner was given several."""
+    ranks: Optional[Ranks] = None
+    """The processes that share the batch, of which this is one's part; None: it is the whole batch."""
 
 
 class JudgedBatch(NamedTuple):
@@ -89,25 +92,34 @@ def target_blends(
     """Pairs of target images, blended `share` to 1 - `share`, judged by the hard label of the dominant one.
 
     A network's accuracy on such blends, measured by these labels, resembles its accuracy on the target, measured by true
-    ones (PseudoCal, Hu et al., ICML 2024). Needs at least two target images.
+    ones (PseudoCal, Hu et al., ICML 2024). Needs at least two target images: of one process, or, where a rank has one alone,
+    of all ranks, which then exchange theirs and must have as many, of one size.
 
     Args:
         share: of the dominant image.
         differing: judge only where the two labels differ.
     """
-    n = batch.target_image.shape[0]
-    if n < 2:
+    image, label, ranks = batch.target_image, usable(batch), batch.ranks
+    n, first, shift = len(image), 0, None
+    if ranks is not None and ranks.size > 1 and ranks.anywhere(n < 2, like=batch.weight):
+        image = ranks.gather("target_blends", "target_image", image)
+        label = ranks.gather("target_blends", "pseudo_label", label)
+        # One rotation for all: the ranks' generators need not agree.
+        shift = int(ranks.first(draw_shift(len(image), generator=generator)))
+        first = ranks.rank * n
+    if len(image) < 2:
         remedy = "use a larger batch (also the last one: drop_last=True) or another judged set, as learner='bilevel' has"
         raise problem("target_blends", expected="at least 2 target images to blend", got=f"{n}", remedy=remedy)
-    image, label = blend_pairs(
-        batch.target_image,
-        usable(batch),
+    blended, kept = blend_pairs(
+        image,
+        label,
         generator=generator,
         share=share,
         differing=differing,
         ignore_index=batch.ignore_index,
+        shift=shift,
     )
-    return JudgedBatch(image, label, batch.weight)
+    return JudgedBatch(blended[first : first + n], kept[first : first + n], batch.weight)
 
 
 def differing_blends(batch: DomainBatch, *, generator: torch.Generator, share: float = 0.65) -> JudgedBatch:
@@ -125,7 +137,7 @@ def usable(batch: DomainBatch) -> Tensor:
 
 
 NEED_TWO_IMAGES = ("target_blends", "differing_blends")
-"""Names of the judged sets that blend images of one batch."""
+"""Names of the judged sets that blend two images of a batch: of one process, or of all ranks where each has one."""
 JUDGED_SETS: Dict[str, JudgedSet] = {
     "source_and_target_pixels": source_and_target_pixels,
     "source_pixels": source_pixels,

@@ -8,12 +8,13 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from functools import partial
-from typing import Any, Callable, ClassVar, Dict, Mapping, NamedTuple, Optional, Sequence, Type, TypeVar, Union
+from typing import Any, Callable, ClassVar, Dict, Mapping, NamedTuple, Optional, Protocol, Sequence, Type, TypeVar, Union
 
 import torch
 from torch import Tensor, nn
 
 from .._check import as_whole, check_choice, check_classes, check_logits, check_owner, check_tensor, describe, problem
+from .._many import as_numbers
 from ..ignoring import IgnoreIndex, ignored_or_255, void_label, with_one_void
 from ..losses import OUTER_LOSSES, OuterLoss, is_mean_over_labelled
 from ..mixing import class_mask
@@ -26,6 +27,23 @@ from .networks import Network, Outputs, at_size
 from .skips import Skip, SkipKind, waiting
 
 _Self = TypeVar("_Self", bound="Learner")
+
+
+class Labelling(Protocol):
+    """Labels target images: the teacher's logits (N, C, *S), features and `valid` as for `SoftPseudoLabeler`."""
+
+    def __call__(
+        self, logits: Tensor, *, features: Optional[Tensor] = None, valid: Optional[Tensor] = None
+    ) -> SoftPseudoLabels: ...
+
+
+class OwnLoss(Protocol):
+    """A loop's own loss on images that it has mixed by itself: `(f, label) -> scalar`.
+
+    `f` is the student to call, with the live parameters or others; `label` makes the labels that it is taught.
+    """
+
+    def __call__(self, f: Any, label: Labelling, /) -> Tensor: ...
 
 
 class CalibrationStepResult(NamedTuple):
@@ -64,6 +82,8 @@ class Iteration(NamedTuple):
     """Whether to do the host's pass over the mixed images too."""
     generator: torch.Generator
     ranks: Ranks
+    own_loss: Optional[Callable[[Any], Tensor]] = None
+    """`f` -> what trains the student, with the temperature net's gradient, where the loop mixes by itself."""
 
 
 class Learned(NamedTuple):
@@ -73,11 +93,11 @@ class Learned(NamedTuple):
     """One a trainable parameter of the temperature net, the same on every rank."""
     temperature: Tensor
     """The temperatures that were used, any shape."""
-    outer_loss_before: Optional[float] = None
-    """As in `CalibrationStepResult`, likewise the next ones; None where it was not measured."""
-    outer_loss_after: Optional[float] = None
+    outer_loss_before: Union[float, Tensor, None] = None
+    """A number or a scalar, as in `CalibrationStepResult`, likewise the next ones; None where it was not measured."""
+    outer_loss_after: Union[float, Tensor, None] = None
     engine: str = ""
-    inner_loss: float = math.nan
+    inner_loss: Union[float, Tensor] = math.nan
     no_step: bool = False
     """Whether a gradient of zero comes from a student that does not move."""
 
@@ -106,7 +126,8 @@ class Learner(ABC):
 
     Under `torch.distributed` every rank calls it with its part of the batch, and all temperature nets stay the same, to the
     bit: the first call broadcasts the first rank's, and the built-in losses are means over the judged pixels of all ranks (the
-    calibration gap is each rank's own; losses of the host's own count as equal parts).
+    calibration gap is each rank's own; losses of the host's own count as equal parts). One image a rank will do, also where two
+    are blended: the other one is another rank's.
 
     Args (None: what `defaults` of the kind of learner says):
         labeler: its `temperature_net` is what learns; its weights say which target pixels may be used.
@@ -221,6 +242,7 @@ class Learner(ABC):
         mask: Optional[Tensor] = None,
         valid: Optional[Tensor] = None,
         backward: bool = False,
+        own_loss: Optional[OwnLoss] = None,
         generator: Optional[torch.Generator] = None,
     ) -> CalibrationStepResult:
         """Count one iteration and, unless in warm-up or between two `every`, take one step of the temperature net.
@@ -240,6 +262,9 @@ class Learner(ABC):
                 labels of this call's temperatures, to `.grad` of the student's parameters, and leave buffers and random states
                 as that pass leaves them. At every iteration, whether the temperatures learn or not; the host does its source
                 loss and the optimizer's step.
+            own_loss: `(f, label) -> scalar` for a loop that mixes by itself (`BilevelCalibrationStep`): the student trains on
+                this loss, not on that of source images mixed into target images. It calls the student by `f`, and labels by
+                `label(logits)`, which carries the temperature net's gradient. Not with `backward=True`.
             generator: for the mask and judged sets that draw; by default the learner's own.
 
         Raises:
@@ -250,6 +275,9 @@ class Learner(ABC):
         if self.judges_teacher and teacher is None:
             remedy = "pass teacher=teacher, the network: it is asked about images that it has not seen yet"
             raise problem(self._name, expected="teacher", got="its logits alone", remedy=remedy, error=TypeError)
+        if backward and own_loss is not None:
+            remedy = "do the backward pass of your own loss yourself"
+            raise problem(self._name, expected="backward or own_loss", got="both", remedy=remedy)
         skip = waiting(self.iteration, warmup=self.warmup, every=self.every)
         if skip is not None and self._called and not backward:
             return self._counted(skip)
@@ -262,15 +290,16 @@ class Learner(ABC):
         if mask is None:
             mask = class_mask(source_label, generator=draw, ignore_index=self.ignore_index)
         pseudo_label, weight = self.labeler.hard_labels(logits, valid=valid, ignore_index=self.ignore_index)
-        image = seen if self.judges_teacher else target_image
+        image, ranks = seen if self.judges_teacher else target_image, self.ranks()
         iteration = Iteration(
-            DomainBatch(source_image, source_label, image, pseudo_label, weight, mask, self.ignore_index),
+            DomainBatch(source_image, source_label, image, pseudo_label, weight, mask, self.ignore_index, ranks),
             logits,
             partial(self.labeler, logits, features=teacher_features, valid=valid, ignore_index=self.ignore_index),
             teacher,
             backward,
             draw,
-            self.ranks(),
+            ranks,
+            None if own_loss is None else lambda f: own_loss(f, self._label),
         )
         if not self._called:
             self._meet(iteration)
@@ -360,6 +389,10 @@ class Learner(ABC):
         """For messages."""
         return type(self).__name__
 
+    def _label(self, logits: Tensor, *, features: Optional[Tensor] = None, valid: Optional[Tensor] = None) -> SoftPseudoLabels:
+        with preserved(self.temperature_net):  # every pass of a loss must get the same labels of a net with BatchNorm
+            return self.labeler(logits, features=features, valid=valid, ignore_index=self.ignore_index)
+
     def _counted(self, skip: Optional[Skip], **figures: Any) -> CalibrationStepResult:
         self.iteration += 1
         return CalibrationStepResult(skipped=skip, **figures)
@@ -378,9 +411,10 @@ class Learner(ABC):
         """Why nothing can be learned from what the teacher says. All ranks decide alike."""
         weight, ranks = iteration.batch.weight, iteration.ranks
         # -inf is a class that is masked out.
-        if ranks.anywhere(not bool((iteration.teacher_logits < math.inf).all()), like=weight):
+        finite, weighted = as_numbers([(iteration.teacher_logits < math.inf).all(), (weight > 0).any()])
+        if ranks.anywhere(not finite, like=weight):
             return Skip(SkipKind.NOT_FINITE, "the teacher's logits are not finite")
-        if not ranks.anywhere(bool((weight > 0).any()), like=weight):
+        if not ranks.anywhere(bool(weighted), like=weight):
             return Skip(SkipKind.UNWEIGHTED, self._why_no_weight(iteration.teacher_logits))
         return None
 
@@ -394,9 +428,14 @@ class Learner(ABC):
 
     def _descend(self, learned: Learned) -> CalibrationStepResult:
         """One step of the optimizer along a gradient, unless it is no use."""
-        norm = math.sqrt(sum(float(grad.double().pow(2).sum()) for grad in learned.grads if grad is not None))
+        used, grads = learned.temperature.detach(), [grad.detach() for grad in learned.grads if grad is not None]
+        square = torch.cat([grad.reshape(-1) for grad in grads]).double().pow(2).sum() if grads else 0.0
         losses = {"before": learned.outer_loss_before, "after the virtual step": learned.outer_loss_after}
         measured = {when: loss for when, loss in losses.items() if loss is not None}
+        square, inner, mean, low, high, *numbers = as_numbers(
+            [square, learned.inner_loss, used.mean(), used.min(), used.max(), *measured.values()]
+        )
+        norm, measured = math.sqrt(square), dict(zip(measured, numbers))
         skip = None
         if not all(map(math.isfinite, measured.values())):
             found = ", ".join(f"{loss} {when}" for when, loss in measured.items())
@@ -410,17 +449,16 @@ class Learner(ABC):
             skip = Skip(SkipKind.ZERO, message)
         else:
             self._guarded_step(learned.grads)
-        used = learned.temperature.detach()
         return self._counted(
             skip,
             outer_loss_before=measured.get("before", math.nan),
             outer_loss_after=measured.get("after the virtual step", math.nan),
-            temperature_mean=float(used.mean()),
-            temperature_min=float(used.min()),
-            temperature_max=float(used.max()),
+            temperature_mean=mean,
+            temperature_min=low,
+            temperature_max=high,
             hypergradient_norm=norm,
             engine=learned.engine,
-            inner_loss=learned.inner_loss,
+            inner_loss=inner,
         )
 
     def _guarded_step(self, grads: Sequence[Optional[Tensor]]) -> None:
