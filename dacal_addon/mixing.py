@@ -196,7 +196,7 @@ def blend_pairs(
         The blended images and their labels, of the shapes of the inputs.
 
     Raises:
-        ValueError: fewer than two images, a share outside 0..1.
+        ValueError: fewer than two images, a share outside 0..1, a shift that leaves the images where they are.
 
     Example:
         >>> image, label = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1), torch.tensor([3, 5]).view(2, 1, 1)
@@ -210,7 +210,11 @@ def blend_pairs(
     if n < 2:
         raise problem("blend_pairs", expected="at least 2 images", got=f"{n}", remedy="use a larger batch")
     check_number("blend_pairs", "share", share, low=0.0, high=1.0, rule="in [0, 1]")
-    shift = int(draw_shift(n, generator=generator)) if shift is None else shift
+    if shift is None:
+        shift = int(draw_shift(n, generator=generator))
+    elif not 1 <= shift < n:
+        remedy = "draw it by draw_shift"
+        raise problem("blend_pairs", expected=f"shift: a whole number in 1..{n - 1}", got=f"{shift}", remedy=remedy)
     blended = share * image + (1 - share) * image.roll(shift, 0)
     if not differing:
         return blended, label

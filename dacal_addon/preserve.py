@@ -82,14 +82,14 @@ class StudentState:
     def __init__(self, student: nn.Module) -> None:
         self._modules = [_Module.of(module) for module in student.modules()]
         noted = [value for each in self._modules for value in each.attributes.values() if type(value) is Tensor]
-        # .data, whose changes do not count: a graph of the host that saved the buffer would refuse to run backward, though
-        # every bit is as it was.
-        self._tensors = [tensor.data for tensor in (*student.buffers(), *noted)]
-        self._values = copies(self._tensors)
+        self._tensors = [*student.buffers(), *noted]
+        self._values = copies([tensor.detach() for tensor in self._tensors])
 
     def restore(self) -> None:
         """Set all of it back to the snapshot."""
-        copy_all_(self._tensors, self._values)
+        # .data, whose changes do not count: a graph of the host that saved the buffer would refuse to run backward, though
+        # every bit is as it was. Asked for now, because a pass may have given a tensor other memory.
+        copy_all_([tensor.data for tensor in self._tensors], self._values)
         for each in self._modules:
             each.restore()
 
@@ -217,9 +217,9 @@ def moved(
     try:
         with torch.no_grad():
             for places, values in updates:
-                live = [parameters[i].data for i in places]
-                own.append((live, copies(live)))
-                copy_all_(live, values)
+                live = [parameters[i] for i in places]
+                own.append((live, copies([parameter.detach() for parameter in live])))
+                copy_all_([parameter.data for parameter in live], values)
         if not trainable:
             for parameter in parameters:
                 parameter.requires_grad_(False)
@@ -227,7 +227,7 @@ def moved(
         yield
     finally:
         for live, before in reversed(own):  # the last first, for parameters that share memory
-            copy_all_(live[::-1], before[::-1])
+            copy_all_([parameter.data for parameter in live[::-1]], before[::-1])
         for parameter, flag in zip(parameters, flags):
             parameter.requires_grad_(flag)
         _forget_casts()

@@ -1,5 +1,6 @@
 """README and docs/: code runs, links lead somewhere, public names are in the reference, pages open."""
 
+import ast
 import configparser
 import contextlib
 import doctest
@@ -29,10 +30,19 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS / "_ext"))
 
-from repository_pages import headings, pages, slug  # noqa: E402  # it lies in the folder that was just named
+from repository_pages import LINE, filled, headings, pages, section, slug  # noqa: E402  # it lies in the folder that was just named
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)]
+LINKED = [
+    *PAGES,
+    *sorted(ROOT.glob("examples/**/README.md")),
+    *[
+        ROOT / name
+        for name in ("benchmarks/README.md", "benchmarks/results/cells.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
+    ],
+]
+FENCED = r"^ {0,3}```.*?^ {0,3}```"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HAS_SPHINX = all(importlib.util.find_spec(name) for name in ("sphinx", "myst_parser", "furo", "latex2mathml"))
 
@@ -60,10 +70,11 @@ images = lambda n: torch.rand(n, 3, 16, 16)
 labels = lambda n: torch.arange(n * 256).view(n, 16, 16) % 19
 source_images, held_out_images, target_images = images(4), images(4), images(4)
 source_labels, held_out_labels, target_labels = labels(4), labels(4), labels(4)
+source_dataset = torch.utils.data.TensorDataset(images(16), labels(16))
 validation = [(images(2), labels(2)) for _ in range(3)]
 loader = [(images(2), labels(2), images(2)) for _ in range(3)]
 updates, checkpoint = [], {"student": student.state_dict()}
-update_teacher = lambda teacher, student: updates.append(1)
+update_teacher = lambda teacher, student: updates.append(copy.deepcopy(student.state_dict()))
 torch.save(student.state_dict(), "student.pth")
 """
 # Why a page cannot run everywhere: what it shows did not exist, or is not installed.
@@ -119,6 +130,7 @@ def test_every_block_of_a_page_runs(path, folder):
 def after_the_readme(scope, folder, printed):
     """Its quick starts did what they say."""
     assert len(scope["updates"]) == 3
+    saved_before_the_fold(folder, trained=scope["updates"][2])
     assert scope["mixed"].learned.skipped.kind is SkipKind.HARD_LABELS
     (resume,) = re.findall(r"# (dacal.load_state_dict.*) to resume", README.read_text())
     exec(resume, scope)
@@ -131,8 +143,24 @@ def after_the_readme(scope, folder, printed):
         assert torch.allclose(calibrated[name], original[name] / t if name.startswith("2.") else original[name])
 
 
+def saved_before_the_fold(folder, trained):
+    """To go on training from, though `state_dict()` shares its memory with the student that is folded."""
+    saved = torch.load(str(folder / "last.pth"))
+    assert saved["student"].keys() == trained.keys()
+    assert all(torch.equal(saved["student"][name], value) for name, value in trained.items())
+    assert saved["dacal"].keys() == {"learner", "generator"}
+
+
 def after_the_loop(scope, folder, printed):
     assert len(scope["updates"]) == 6  # of the two loops that update the teacher
+    saved_before_the_fold(folder, trained=scope["updates"][2])
+    folded, t = torch.load(str(folder / "calibrated.pth")), scope["found"].temperature
+    assert t == 1.25
+    assert torch.allclose(folded["2.weight"] * t, scope["updates"][2]["2.weight"])
+    kept = [image for image, _ in scope["kept"]]
+    assert len(kept) == len(scope["source_dataset"]) // 8
+    assert all(torch.equal(stacked, image) for stacked, image in zip(scope["source"][0], kept))
+    assert not any(torch.equal(image, other) for image in kept for other, _ in scope["train"])
     assert scope["learned"].skipped is None
     assert scope["shadows"].count == 8
     assert "warm-up: iteration 1 of 1" in printed
@@ -224,6 +252,39 @@ def test_the_figures_of_the_readme_are_those_of_the_benchmarks():
     assert [line for line in measured if line not in report] == []
 
 
+@pytest.mark.parametrize("path", LINKED, ids=name_of)
+def test_no_line_of_a_page_is_taken_for_a_comment(path):
+    """MyST hides a line that begins with %, and the rest of its sentence is read without it."""
+    text = re.sub(FENCED, "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^\s*(?:%|\+\+\+).*", text, re.MULTILINE) == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_what_a_page_shows_of_another_file_is_a_link_where_it_is_read_as_it_is(path):
+    """On GitHub a page is read as it is: it says where the rest stands."""
+    text = path.read_text()
+    assert text.count("<!--") == len(LINE.findall(text))  # one that is misspelt would show nothing, here and there
+    read = re.sub(r"^```{(?:toctree|eval-rst)}.*?^```", "", re.sub(r"<!--.*?-->", "", text), flags=re.MULTILINE | re.DOTALL)
+    assert re.search(r"\w", read)
+    assert "<!--" not in filled(text, path, DOCS)
+
+
+def test_a_page_shows_the_table_that_it_names():
+    tables = re.findall(r"(?:^\|.*\|$\n?)+", section((ROOT / "benchmarks/README.md").read_text(), "what-holds"), re.MULTILINE)
+    evidence = filled((DOCS / "evidence.md").read_text(), DOCS / "evidence.md", DOCS)
+    assert all(table.strip() in evidence for table in tables[:2])
+    mic = filled((DOCS / "hosts/mic.md").read_text(), DOCS / "hosts/mic.md", DOCS)
+    assert mic.startswith("# MIC with DA-Cal\n")
+    assert "](mmseg.md#checkpoints)" in mic  # a link of the file's, led to the page that shows its target
+
+
+def test_no_page_installs_from_an_index_what_is_not_published():
+    newest = re.search(r"^## .*$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE).group()
+    if "unreleased" in newest:
+        found = [name_of(path) for path in LINKED if re.search(r"pip install (\S+ )*'?dacal[-_]addon", path.read_text())]
+        assert found == ["CONTRIBUTING.md"]  # how a maintainer tries a release
+
+
 def test_the_install_page_names_every_extra():
     config = configparser.ConfigParser()
     config.read(str(ROOT / "setup.cfg"))
@@ -305,18 +366,8 @@ def test_the_examples_of_what_builds_the_pages_run():
         assert done.failed == 0
 
 
-LINKED = [
-    *PAGES,
-    *sorted(ROOT.glob("examples/**/README.md")),
-    *[
-        ROOT / name
-        for name in ("benchmarks/README.md", "benchmarks/results/cells.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
-    ],
-]
-
-
 def without_code(text):
-    return re.sub(r"`[^`\n]*`", "", re.sub(r"^ {0,3}```.*?^ {0,3}```", "", text, flags=re.MULTILINE | re.DOTALL))
+    return re.sub(r"`[^`\n]*`", "", re.sub(FENCED, "", text, flags=re.MULTILINE | re.DOTALL))
 
 
 @pytest.mark.parametrize("path", LINKED, ids=name_of)
@@ -390,6 +441,21 @@ def built(tmp_path_factory):
 
 
 MODULES = ("", ".calibrate", ".engines", ".learners", ".metrics", ".plots")
+# Without `__all__`; the integrations import trainers, and are looked at and not imported.
+PARTS = ("mixing", "losses", "held_out", "shadows", "integrations.torchmetrics", "integrations.mmengine")
+
+
+def defined(part):
+    """Names of a file's functions and classes, without those that the reference leaves out."""
+    code = ast.parse((ROOT / f"dacal_addon/{part.replace('.', '/')}.py").read_text())
+    names = {node.name for node in code.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    left_out = []
+    for page in (DOCS / "api").glob("*.md"):
+        pattern = rf"automodule:: dacal_addon\.{re.escape(part)}\n(?: +:.*\n)*? +:exclude-members: (.*)\n"
+        found = re.findall(pattern, page.read_text())
+        left_out += [name for line in found for name in line.split(", ")]
+    assert set(left_out) <= names
+    return {name for name in names if not name.startswith("_")} - set(left_out)
 
 
 @pytest.mark.slow
@@ -409,7 +475,16 @@ def test_every_public_name_is_in_the_reference(built):
             ]
             if not documented & set(same):
                 missing.append(f"dacal_addon{where}.{name}")
+    # A name of the front door too is documented there.
+    missing += [
+        f"{part}.{name}"
+        for part in PARTS
+        for name in defined(part)
+        if not documented & {f"dacal_addon.{part}.{name}", f"dacal_addon.{name}"}
+    ]
     assert missing == []
+    for kind in ("DACalEncoderDecoder", "DACalCascadeEncoderDecoder"):
+        assert f"dacal_addon.integrations.mmengine.{kind}" in documented
     for name in ("DACal.__call__", "DACal.calibrate", "metrics.CalibrationStats.update", "metrics.CalibrationStats.bootstrap"):
         assert f"dacal_addon.{name}" in documented
 

@@ -909,14 +909,15 @@ def test_memory_does_not_grow_over_200_steps(engine):
 @pytest.mark.skipif(not hasattr(torch, "func"), reason="the profiler of old versions does not report memory this way")
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kind", ["momentum", "AdamW"])
+@pytest.mark.parametrize("width", [512, 300])
 @live_engine
-def test_at_most_three_copies_of_the_parameters_beside_a_plain_step(engine, kind, shared):
-    """On a student that is nothing but parameters: 30 layers for one pixel, too large for `_many` to join them."""
+def test_at_most_three_copies_of_the_parameters_beside_a_plain_step(engine, width, kind, shared):
+    """On a student that is nothing but parameters: layers for one pixel, too large for `_many` to join them, or joined."""
     from torch.profiler import ProfilerActivity, profile
 
-    student = nn.Sequential(*(nn.Linear(512, 512) for _ in range(30)))
+    student = nn.Sequential(*(nn.Linear(width, width) for _ in range(30 if width == 512 else 90)))
     optimizer = OPTIMIZERS[kind](student.parameters())
-    x, omega = torch.ones(1, 512), torch.ones(1, requires_grad=True)
+    x, omega = torch.ones(1, width), torch.ones(1, requires_grad=True)
     size = sum(4 * parameter.numel() for parameter in student.parameters())
 
     def plain():
@@ -952,5 +953,5 @@ def test_at_most_three_copies_of_the_parameters_beside_a_plain_step(engine, kind
     assert size > 30e6
     assert peak(plain) >= 0.9 * size  # the gradients: the reports are there
     optimizer.zero_grad()
-    # Three copies, and the temporaries of one layer of thirty.
-    assert peak(meta) <= 3.4 * size
+    # Three copies, and the temporaries of one layer of thirty, or of what is joined.
+    assert peak(meta) <= 3.4 * size + (20e6 if width == 300 else 0)

@@ -1242,3 +1242,11 @@ def test_only_the_region_counts():
     assert stats.pixels == 2 * 17 * 8
     assert figures(stats) == figures(counted(z, outside))
     assert stats.classwise_ece() == counted(z, outside, classwise=True).classwise_ece()
+
+
+def test_the_channel_of_one_channels_labels_is_to_be_dropped_and_not_to_be_argmaxed():
+    x, label = torch.rand(2, 1, 4, 4), torch.ones(2, 1, 4, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"drop its channel dimension with \.squeeze\(1\)"):
+        CalibrationStats(2, input="probs", one_channel=True).update(x, label)
+    with pytest.raises(ValueError, match=r"of one-hot labels take target\.argmax\(1\)"):
+        CalibrationStats(2, input="probs").update(torch.rand(2, 2, 4, 4), label.expand(2, 2, 4, 4))

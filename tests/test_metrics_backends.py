@@ -345,7 +345,7 @@ def test_no_image_and_no_pixel_that_counts():
 
 
 @needs_triton
-def test_a_gpu_for_which_nothing_can_be_compiled_is_told_of(monkeypatch):
+def test_a_gpu_on_which_the_kernel_does_not_work_is_told_of(monkeypatch):
     from dacal_addon.metrics import triton_kernel
 
     def broken(*given):
@@ -354,6 +354,14 @@ def test_a_gpu_for_which_nothing_can_be_compiled_is_told_of(monkeypatch):
     monkeypatch.setattr(triton_kernel, "_on", broken)
     triton_kernel.works.cache_clear()
     with pytest.warns(UserWarning, match=r"does not work here \(Failed to find C compiler\); torch's operations judge"):
+        assert not triton_kernel.works(GPU)
+    triton_kernel.works.cache_clear()
+    monkeypatch.undo()
+    launch = triton_kernel.launch_
+    monkeypatch.setattr(
+        triton_kernel, "launch_", lambda totals, *rest, **each: (launch(totals, *rest, **each), totals.nll.add_(1e-3))
+    )
+    with pytest.warns(UserWarning, match="counts other nll than torch; torch's operations judge"):
         assert not triton_kernel.works(GPU)
     triton_kernel.works.cache_clear()
     monkeypatch.undo()

@@ -273,3 +273,10 @@ def test_class_255_is_not_dropped_in_silence():
     assert mix(mask, hard, soft, ignore_index=-1)[0, 255, 0, 0] == 1.0
     assert mix(mask, hard, soft[:, :255]).sum(1).flatten().tolist() == [0.0, 1.0]
     assert torch.equal(mix(mask, soft, 2 * soft), soft)  # nothing becomes one-hot
+
+
+@pytest.mark.parametrize("shift", [0, 3, -1])
+def test_a_shift_by_which_an_image_would_meet_itself_is_refused(shift):
+    image, label = torch.rand(3, 1, 2, 2), torch.zeros(3, 2, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"expected shift: a whole number in 1\.\.2, got"):
+        blend_pairs(image, label, generator=torch.Generator(), shift=shift)

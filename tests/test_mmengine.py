@@ -398,19 +398,15 @@ def test_learning_leaves_the_student_as_its_own_passes_do(learner):
     torch.manual_seed(5)
     np.random.seed(5)
     losses = losses_on(model, both(0))
+    drawn = torch.rand(1), np.random.rand()
     assert all(parameter.grad is None for parameter in model.parameters())
     plain = made(dropout=0.2)
     torch.manual_seed(5)
     np.random.seed(5)
     expected = losses_on(plain, both(0))
+    assert drawn == (torch.rand(1), np.random.rand())
     assert same(state_of(model, ours_too=False), state_of(plain, ours_too=False))
     assert float(losses["decode.loss_ce"]) == float(expected["decode.loss_ce"])
-    drawn = torch.rand(1)
-    torch.manual_seed(5)
-    plain = made(dropout=0.2)
-    torch.manual_seed(5)
-    losses_on(plain, both(0))
-    assert torch.equal(torch.rand(1), drawn)
     if learner is not None:
         net = model.self_training().dacal.learner.temperature_net
         assert any(float(p.detach().abs().sum()) for p in net.last.parameters())
@@ -584,6 +580,21 @@ def test_pairs_have_every_source_image_and_a_random_target_one(ours):
         ours.SourceAndTarget(source, Given(0))
 
 
+def test_every_epoch_has_other_pairs_also_where_workers_begin_anew(ours):
+    from functools import partial
+
+    from mmengine.dataset import pseudo_collate, worker_init_fn
+
+    seeded = partial(worker_init_fn, num_workers=1, rank=0, seed=3)  # as the Runner does
+    target = Given(50, labels=False, seed=500)
+    loader = torch.utils.data.DataLoader(
+        ours.SourceAndTarget(Given(4), target), num_workers=1, worker_init_fn=seeded, collate_fn=pseudo_collate
+    )
+    torch.manual_seed(0)
+    drawn = [[item["target"]["inputs"][0] for item in loader] for _ in range(2)]
+    assert not all(torch.equal(a, b) for a, b in zip(*drawn))
+
+
 def test_strong_transforms_change_what_the_student_sees_alone(ours):
     from mmseg.registry import TRANSFORMS
 
@@ -636,6 +647,9 @@ def test_the_metric_counts_as_the_statistics_do(ours):
     assert evaluated(metric, 6, 5) == pytest.approx(expected_figures(5), rel=1e-12)
     with pytest.raises(RuntimeError, match="images on every rank, got none"):
         metric.evaluate(5)
+    for wrong in ("eec", "reset", "classwise_ece"):
+        with pytest.raises(ValueError, match=f"CalibrationMetric: expected metric to be one of .*, got '{wrong}'"):
+            ours.CalibrationMetric(metric=("ece", wrong))
     # One channel is a sigmoid that mmseg has taken.
     one = ours.CalibrationMetric(metric="ece")
     p, label = torch.rand(1, 8, 8, generator=generator(1)), torch.randint(0, 2, (8, 8), generator=generator(2))
@@ -671,6 +685,13 @@ def test_the_hook_tells_the_meta_step_how_the_runner_steps(ours):
         ours.DACalHook().before_train(FakeRunner(made(kind="EncoderDecoder")))
     with pytest.raises(ValueError, match=r"calibrate=dict\(source=\.\.\., target=\.\.\.\), two datasets, got no target"):
         ours.DACalHook(calibrate={"source": None})
+    with pytest.raises(ValueError, match=r"a key of calibrate to be one of .*'max_images'.*, got 'max_image'"):
+        ours.DACalHook(calibrate={"source": None, "target": None, "max_image": 3})
+    sets = {"source": Given(2), "target": Given(2, labels=False)}
+    binary = {"num_classes": 2, "out_channels": 1, "loss_decode": {"type": "CrossEntropyLoss", "use_sigmoid": True}}
+    one = made(decode=head(8, 1, **binary), auxiliary=head(6, 0, **binary))
+    with pytest.raises(ValueError, match="two channels, to be calibrated, got one"):
+        ours.DACalHook(calibrate=sets).before_train(FakeRunner(one))
 
     class Wrapped(nn.Module):
         def __init__(self, module):
@@ -747,11 +768,16 @@ def page_blocks():
 
 
 def test_the_pages_config_is_one(tmp_path):
+    import cv2
+    from mmcv.transforms import Compose
     from mmengine.config import Config
 
     base = (mmseg_host.EXAMPLES / "source_only.py").read_text()
-    (tmp_path / "my_config.py").write_text(base)
+    crop = 'dict(type="RandomCrop", crop_size=crop_size)'
+    assert base.count(crop) == 1
+    with_ratio = base.replace(crop, crop.replace(")", ", cat_max_ratio=0.75)"))  # as most of mmsegmentation's have it
     for name, text in (("page.py", page_blocks()[0]), ("dacal.py", (mmseg_host.EXAMPLES / "dacal.py").read_text())):
+        (tmp_path / "my_config.py").write_text(with_ratio if name == "page.py" else base)
         (tmp_path / name).write_text(text.replace("source_only.py", "my_config.py"))
         config = Config.fromfile(tmp_path / name)
         plain = Config.fromfile(tmp_path / "my_config.py")
@@ -766,6 +792,12 @@ def test_the_pages_config_is_one(tmp_path):
             "RandomFlip",
             "PackSegInputs",
         ]
+        image = np.random.default_rng(0).integers(0, 256, (60, 70, 3)).astype(np.uint8)
+        assert cv2.imwrite(str(tmp_path / "unlabelled.png"), image)
+        given = {"img_path": str(tmp_path / "unlabelled.png"), "seg_fields": [], "reduce_zero_label": False}
+        crop = Compose(pairs.target.pipeline)(given)["inputs"].numpy().transpose(1, 2, 0)
+        crops = np.lib.stride_tricks.sliding_window_view(image, (48, 48, 3)).reshape(-1, 48, 48, 3)
+        assert any(np.array_equal(crop, each) or np.array_equal(crop[:, ::-1], each) for each in crops)
         assert config.custom_hooks[0].type == "DACalHook"
         assert [each.type for each in config.val_evaluator] == ["IoUMetric", "CalibrationMetric"]
 

@@ -7,7 +7,7 @@ import torch
 from problems import randn
 from torch import nn
 
-from dacal_addon.preserve import in_evaluation_mode, preserved
+from dacal_addon.preserve import in_evaluation_mode, moved, preserved
 
 HOOK_DICTS = [name for name, value in vars(nn.Module()).items() if "hook" in name and isinstance(value, dict)]
 
@@ -233,3 +233,26 @@ def test_in_evaluation_mode_knows_nothing_of_functions():
             assert modes(network) == modes(of_mixed_modes())
     with pytest.raises(KeyError), in_evaluation_mode(len):
         raise KeyError
+
+
+class Swaps(nn.Module):
+    """A pass gives its buffer and its parameter other memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+        self.register_buffer("run", torch.zeros(2))
+
+    def forward(self, x):
+        self.run.data = self.run + 1
+        self.weight.data = self.weight.data + 5
+        return x
+
+
+def test_a_pass_that_gives_tensors_other_memory_is_undone_too():
+    student = Swaps()
+    with preserved(student), moved([student.weight], [([0], [torch.ones(2)])]):
+        student(torch.zeros(2))
+        assert student.run.tolist() == [1.0, 1.0]
+        assert student.weight.tolist() == [6.0, 6.0]
+    assert student.run.tolist() == student.weight.tolist() == [0.0, 0.0]

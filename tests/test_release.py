@@ -121,7 +121,7 @@ def test_the_sdist_has_what_the_tests_need(unpacked):
         "MANIFEST.in",
     ]
     needed += ["setup.py", "setup.cfg", "pyproject.toml", ".ci/run", ".ci/wheel", ".github/workflows/ci.yml"]
-    needed += [name for folder in ("dacal_addon", "tests", "examples", "benchmarks") for name in files_of(folder)]
+    needed += [name for folder in ("dacal_addon", "tests", "examples", "benchmarks", "docs") for name in files_of(folder)]
     assert len(needed) > 150
     assert [name for name in needed if not (unpacked / name).is_file()] == []
     for path in unpacked.rglob("*"):

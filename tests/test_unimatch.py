@@ -62,7 +62,7 @@ def test_lines_are_put_where_the_page_says(runner):
     x = 1
 # b.py, after line 1
 nothing = "of a.py"
-# a.py, instead of lines 4-5
+# a.py, delete lines 4-5
 # a.py, instead of lines 7
 y = 2
 z = 3
@@ -72,6 +72,9 @@ z = 3
     assert edits == [(3, 2, "    x = 1\n"), (4, 5, ""), (7, 7, "y = 2\nz = 3\n")]
     assert runner.changed("1\n2\n3\n4\n5\n6\n7\n8\n", edits) == "1\n2\n    x = 1\n3\n6\ny = 2\nz = 3\n8\n"
     assert runner.changes(page, "c.py") == []
+    assert runner.changes("```python\n# a.py, delete line 3\n```", "a.py") == [(3, 3, "")]
+    with pytest.raises(ValueError, match=r"nothing below 'a\.py, delete line 3', got 'x"):
+        runner.changes("```python\n# a.py, delete line 3\nx\n```", "a.py")
 
 
 def typed(runner, script):

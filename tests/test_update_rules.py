@@ -11,6 +11,7 @@ from problems import OPTIMIZERS, Student, distance, generator, problem, really_s
 from torch import nn
 
 from dacal_addon import hypergradient
+from dacal_addon._many import together
 from dacal_addon.engines import has_zero_step
 from dacal_addon.engines.update_rules import RULES, step_of
 
@@ -81,6 +82,24 @@ def test_clipping_is_torchs_and_its_pull_back_its_transposed_jacobian(clip_norm)
     step.pull_back([p.detach() for p in parameters], grads, pulled, norm)
     got = torch.cat([torch.zeros(3).double() if p is None else p for p in pulled])
     np.testing.assert_allclose(got, expected, rtol=1e-9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(sizes=st.lists(st.integers(0, 1 << 19), max_size=40), seed=st.integers(0, 99))
+def test_what_is_taken_together_is_of_one_kind_and_bounded(sizes, seed):
+    tensors = [torch.empty(0).expand(size) if not size else torch.empty(1).expand(size) for size in sizes]
+    kinds = torch.randint(-1, 2, (len(sizes),), generator=generator(seed)).tolist()
+    groups = list(together(tensors, [None if kind < 0 else kind for kind in kinds]))
+    assert sorted(place for group in groups for place in group) == [i for i, kind in enumerate(kinds) if kind >= 0]
+    for group in groups:
+        assert len({kinds[i] for i in group}) == 1
+        assert group == sorted(group)
+        if len(group) > 1:
+            assert sum(sizes[i] for i in group) <= 1 << 19
+            assert max(sizes[i] for i in group) < 1 << 18
+    small = [i for i, size in enumerate(sizes) if size < 1 << 13 and kinds[i] >= 0]
+    if len(small) == sum(kind >= 0 for kind in kinds):  # all fit: one group a kind
+        assert len(groups) == len({kinds[i] for i in small})
 
 
 def uneven_parameters():

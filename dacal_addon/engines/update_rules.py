@@ -300,7 +300,7 @@ class Step(NamedTuple):
         if self.rule.slope is None:
             return i
         group, state = place
-        noted = tuple((name, value.dtype if _is_moment(value) else value) for name, value in state.items())
+        noted = tuple((name, _kind_of(value)) for name, value in state.items())
         return id(group), grad.dtype, grad.device, noted
 
 
@@ -315,7 +315,14 @@ class _Joined(NamedTuple):
 
 
 def _is_moment(value: Any) -> bool:
-    return isinstance(value, Tensor)  # `step` is a number: see `step_of`
+    return isinstance(value, Tensor)  # `step` is a number: see `_counted`
+
+
+def _kind_of(value: Any) -> Hashable:
+    """What two entries of a state must share for their parameters to be joined; of what a host has put there, itself."""
+    if _is_moment(value):
+        return str(value.dtype)
+    return value if value is None or isinstance(value, (int, float)) else id(value)
 
 
 def _pull_back_by_autograd(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._check import describe, problem
+from .._many import as_numbers
 from ..mixing import mix
 from ..preserve import preserved
 from ..pseudo_labels import SoftPseudoLabels
@@ -126,10 +127,8 @@ class DacsIteration:
         with torch.no_grad():
             # Without `valid`: which pixels count in the student's passes, the host's own weights say.
             self.labels = self.calibration.labeler(self.teacher.kept, ignore_index=IGNORE)
-            temperature = self.labels.temperature
-            extremes = torch.stack([temperature.mean(), temperature.min(), temperature.max()])
-            # One transfer from the device, and not three.
-            for name, value in zip(("mean", "min", "max"), extremes.tolist()):
+            t = self.labels.temperature
+            for name, value in zip(("mean", "min", "max"), as_numbers([t.mean(), t.min(), t.max()])):
                 self.log_vars[f"dacal.temperature_{name}"] = value
             if losses is not None:
                 return losses

@@ -14,6 +14,7 @@ the temperatures are kept beside the model, and saved under "dacal.".
 """
 
 import copy
+import inspect
 import logging
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
@@ -33,13 +34,14 @@ from mmseg.registry import DATASETS, HOOKS, METRICS, MODELS
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
-from .._check import as_whole, describe, problem
+from .._check import as_whole, check_choice, describe, problem
 from ..calibrate import TemperatureEstimate, classifiers, estimate_temperature, fold_checkpoint
 from ..calibrate.estimators import TYPICAL
 from ..calibrate.report import as_numbers, as_text
 from ..metrics import CalibrationStats
+from ..metrics.catalogue import CATALOGUE
 from .segmentor_options import SegmentorOptions, parse
-from .segmentor_training import Batch, Logits, SegmentorTraining
+from .segmentor_training import Batch, Logits, SegmentorTraining, ignored_by
 
 _STATE = "dacal."
 _PADDING = "padding_size"  # of SegDataPreProcessor: left, right, top, bottom
@@ -210,6 +212,7 @@ class SourceAndTarget:
                 remedy = "check its data_root and data_prefix"
                 raise problem("SourceAndTarget", expected=f"{name}: a dataset with images", got="none", remedy=remedy)
         self.strong = Compose(list(strong)) if strong else None
+        self._draw: Any = None  # each process that loads images makes its own
 
     @property
     def metainfo(self) -> Any:
@@ -224,7 +227,11 @@ class SourceAndTarget:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Dict[str, Any]:
-        target = self.target[np.random.randint(len(self.target))]  # noqa: NPY002  # the state that mmengine seeds
+        if self._draw is None:
+            worker = torch.utils.data.get_worker_info()
+            # mmengine seeds numpy alike in each epoch's workers; torch's own seed of a worker is another in each.
+            self._draw = np.random if worker is None else np.random.RandomState(worker.seed % 2**32)
+        target = self.target[self._draw.randint(len(self.target))]
         item = {"source": self.source[index], "target": target}
         if self.strong is not None:
             item["teacher"] = {"inputs": target["inputs"]}
@@ -234,7 +241,7 @@ class SourceAndTarget:
     def _stronger(self, image: Tensor) -> Tensor:
         """(K, H, W) as packed."""
         assert self.strong is not None  # for mypy: `__getitem__` has checked
-        pixels = np.ascontiguousarray(image.numpy().transpose(1, 2, 0))
+        pixels = image.numpy().transpose(1, 2, 0).copy()  # which the transforms may change in place
         changed = self.strong({"img": pixels, "img_shape": pixels.shape[:2], "seg_fields": []})["img"]
         if changed.shape != pixels.shape:
             expected = "strong: transforms that leave every pixel in its place"
@@ -275,6 +282,9 @@ class DACalHook(Hook):  # type: ignore[misc]  # mmengine has no types
                 expected = "calibrate=dict(source=..., target=...), two datasets"
                 remedy = "name them, the source's of images that training does not see"
                 raise problem("DACalHook", expected=expected, got=f"no {missing[0]}", remedy=remedy)
+            known = {*_names_of(calibrate_segmentor), *_names_of(estimate_temperature)} - {"segmentor", "student", "options"}
+            for name in calibrate:
+                check_choice("DACalHook", "a key of calibrate", name, tuple(sorted(known)))
         self.calibrate = None if calibrate is None else dict(calibrate)
         self.filename = filename
 
@@ -285,6 +295,14 @@ class DACalHook(Hook):  # type: ignore[misc]  # mmengine has no types
             remedy = "use model_wrapper_cfg=dict(type='MMDistributedDataParallel')"
             raise problem("DACalHook", expected="a model that is whole on every rank", got=wrapper, remedy=remedy)
         training = segmentor.self_training()
+        if self.calibrate is not None:
+            if int(getattr(segmentor, "out_channels", 0)) == 1:
+                remedy = "use num_classes=2, out_channels=2, or leave calibrate out"
+                raise problem("DACalHook", expected="two channels, to be calibrated", got="one", remedy=remedy)
+            for name in ("source", "labelled_target"):
+                if self.calibrate.get(name) is not None:  # now, and not after the training
+                    draw = torch.Generator().manual_seed(0)
+                    next(_labelled(segmentor.data_preprocessor, self.calibrate[name], limit=1, generator=draw), None)
         if segmentor.dacal_options.learner != "bilevel":
             return
         wrapped = runner.optim_wrapper
@@ -307,6 +325,11 @@ class DACalHook(Hook):  # type: ignore[misc]  # mmengine has no types
         path = Path(runner.work_dir) / self.filename
         torch.save(saved, str(path))
         _say(logging.INFO, f"dacal: {path}: T = {found.temperature:.4g}")
+
+
+def _names_of(function: Any) -> List[str]:
+    """Of its parameters."""
+    return list(inspect.signature(function).parameters)
 
 
 def _clip_norm(wrapped: Any) -> Optional[float]:
@@ -354,6 +377,7 @@ def calibrate_segmentor(
     own: Any = segmentor
     draw = torch.Generator().manual_seed(seed)
     kept: Dict[str, Any] = {"typical": TYPICAL if learner is None else 1.0, "batch_size": 1, "max_images": max_images}
+    kept["ignore_index"] = ignored_by(segmentor)  # and not 255, whatever they were trained with
     few = labelled_target
     return estimate_temperature(
         Logits(segmentor),
@@ -395,7 +419,7 @@ class CalibrationMetric(BaseMetric):  # type: ignore[misc]  # mmengine has no ty
     count once. Figures are fractions, under "calibration/"; `save_best='calibration/ece'` wants `rule='less'`.
 
     Args:
-        metric: names of the catalogue.
+        metric: names of the catalogue, of metrics that are one number.
         input: what `seg_logits` are: "logits"; "probs" with test-time augmentation, which averages probabilities. Of one
             channel they are probabilities always.
         ignore_index, options: of `CalibrationStats`.
@@ -418,6 +442,10 @@ class CalibrationMetric(BaseMetric):  # type: ignore[misc]  # mmengine has no ty
     ) -> None:
         super().__init__(prefix=prefix)
         self.metric = [metric] if isinstance(metric, str) else list(metric)
+        for each in self.metric:  # now, and not after a whole validation
+            check_choice(
+                "CalibrationMetric", "metric", each, tuple(name for name, known in CATALOGUE.items() if not known.classwise)
+            )
         self.options = {"input": input, "ignore_index": ignore_index, **options}
         self._stats: Optional[CalibrationStats] = None
         self._last: Optional[CalibrationStats] = None
@@ -444,11 +472,12 @@ class CalibrationMetric(BaseMetric):  # type: ignore[misc]  # mmengine has no ty
             remedy = "use at most as many ranks as images"
             raise problem("CalibrationMetric", expected="images on every rank", got="none", remedy=remedy, error=RuntimeError)
         rank, ranks = get_dist_info()
-        if (self._images - 1) * ranks + rank < size:
-            self._stats.merge(self._last)
-        self._stats.sync()
-        found = self.compute_metrics([self._stats])
+        stats, last, images = self._stats, self._last, self._images
         self._stats, self._last, self._images = None, None, 0
+        if (images - 1) * ranks + rank < size:
+            stats.merge(last)
+        stats.sync()
+        found = self.compute_metrics([stats])
         return {f"{self.prefix}/{name}": value for name, value in found.items()}
 
     def compute_metrics(self, results: Sequence[CalibrationStats]) -> Dict[str, float]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._check import problem
+from .._many import as_numbers
 from ..learners import BilevelCalibrationStep, CalibrationStepResult, SkipKind
 from ..one_channel import two_channels
 from ..pseudo_labels import SoftPseudoLabels
@@ -152,7 +153,8 @@ class SegmentorTraining:
         self.iteration += 1
         like = batch.source_image
         told = self._told(mixed.labels, mixed.learned)
-        losses.update({f"dacal.{name}": like.new_tensor(value, dtype=torch.float32) for name, value in told.items()})
+        values = like.new_tensor(list(told.values()), dtype=torch.float32).unbind()  # one transfer, and not one for each
+        losses.update({f"dacal.{name}": value for name, value in zip(told, values)})
         return losses
 
     def state_dict(self) -> Dict[str, Tensor]:
@@ -177,7 +179,8 @@ class SegmentorTraining:
         if (learner is None) != (not learned):
             got = "one without" if learner is not None else "one with temperatures"
             expected = f"a checkpoint of learner={self.options.learner!r}"
-            raise problem("model.dacal", expected=expected, got=got, remedy="resume with the learner that it was written with")
+            remedy = "resume with the learner that it was written with; to begin from its weights, remove its keys dacal.*"
+            raise problem("model.dacal", expected=expected, got=got, remedy=remedy)
         if learner is not None:
             checkpoint.restore(learned, learner)
         self.teacher.load_state_dict(teacher)
@@ -198,12 +201,14 @@ class SegmentorTraining:
 
     def _told(self, labels: SoftPseudoLabels, learned: CalibrationStepResult) -> Dict[str, float]:
         """Figures for the host's log; and a line in it where temperatures do not learn for another reason than before."""
-        told = {"target_weight": float(labels.weight.mean())}
+        t = labels.temperature
+        weight, mean, low, high = as_numbers([labels.weight.mean(), t.mean(), t.min(), t.max()])
+        told = {"target_weight": weight}
         if self.dacal.learner is None:
             return told
-        skip, t = learned.skipped, labels.temperature
+        skip = learned.skipped
         self._say(skip)
-        told.update(temperature_mean=float(t.mean()), temperature_min=float(t.min()), temperature_max=float(t.max()))
+        told.update(temperature_mean=mean, temperature_min=low, temperature_max=high)
         # All kinds at every iteration: mmengine goes on to report the last values of what is not there any more.
         told.update({f"skipped_{kind.value}": float(skip is not None and skip.kind is kind) for kind in SkipKind})
         figures = {"judged": learned.outer_loss_before}
@@ -230,7 +235,7 @@ def ignored_by(segmentor: nn.Module) -> int:
     Raises:
         ValueError: they do not agree.
     """
-    found = {int(getattr(head, "ignore_index", 255)) for head in heads_of(segmentor)}
+    found = {int(getattr(head, "ignore_index", 255)) for head in heads_of(segmentor)} or {255}
     if len(found) > 1:
         remedy = "give all heads one ignore_index"
         raise problem("model.dacal", expected="heads that ignore one label", got=f"{sorted(found)}", remedy=remedy)

@@ -76,10 +76,10 @@ def _kernel() -> Any:
 @functools.lru_cache(maxsize=None)
 def _has_triton() -> bool:
     """As torch >= 2.6 brings it; before, its language lacked some of what is used."""
-    if find_spec("triton") is None:
+    try:
+        import triton
+    except ImportError:
         return False
-    import triton
-
     return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 2)
 
 

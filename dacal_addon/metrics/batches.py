@@ -109,7 +109,7 @@ def _check_label(function: str, scores: Tensor, label: Tensor, settings: Setting
     swapped = len(found) >= 3 and found != size and found == (*size[:-2], size[-1], size[-2])
     if found == size or (interpolate and not swapped and len(found) == len(size) and found[0] == size[0]):
         return
-    if found == tuple(scores.shape):
+    if found == tuple(scores.shape) and scores.shape[1] > 1:  # of one channel, argmax would make every label 0
         remedy = f"of one-hot labels take target.argmax(1); {_MULTI_LABEL}"
     elif len(found) == scores.dim() and 1 in (found[1], found[-1]):
         remedy = f"drop its channel dimension with .squeeze({1 if found[1] == 1 else -1})"

@@ -3,7 +3,7 @@
 Read by `stats` (what can be bootstrapped), the tests (a function each) and `evaluate` (the report and its page). To add a
 metric, write it as a pure function of counts in `figures`, give `CalibrationStats` a method and `functional` a function with
 the key's name, enter it here, and test it against its definition; interval, report and page follow. One that needs a new sum
-also has a field in `totals` and in `images`, filled in `pixels` and in `fused`.
+also has a field in `totals` and in `images`, filled in `pixels`, in `fused` and in `triton_kernel`.
 """
 
 from typing import Dict, NamedTuple

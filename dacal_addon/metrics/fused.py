@@ -354,7 +354,7 @@ def sweep_(
     scores = piece.scores
     assert isinstance(scores, Tensor)  # for mypy
     if scores.dtype in (torch.float16, torch.bfloat16):
-        half, scores = scores, torch.empty(scores.shape)
+        half, scores = scores, torch.empty(scores.shape, dtype=torch.float32, device="cpu")
         for wide, narrow in zip(scores, half):  # a class at a time: torch would take several threads for all of them
             wide.copy_(narrow)
     classes, pixels = scores.shape

@@ -23,9 +23,9 @@ from torch import Tensor
 from .grid import OCTAVES, ON_EDGE, cell_count, uniform_cells
 from .images import Images, image_of
 from .pieces import Batch
-from .pixels import tolerance
+from .pixels import count_, tolerance
 from .settings import Settings
-from .totals import Totals
+from .totals import Totals, zeros
 
 # What many pixels have in common, their class, a confidence of 1, has one address in memory: programs would queue for it. Each
 # adds to one of so many copies of all counts.
@@ -377,7 +377,7 @@ def _add_(totals: Totals, result: Tensor, layout: _Layout, *, each: bool, share:
         if bool(suspicious) or bool((by_pair[[0, -1]] != 0).any()):
             return None
         own: Dict[str, Tensor] = {
-            "images": torch.tensor(1 if each else images),
+            "images": totals.images.new_tensor(1 if each else images),
             "ignored": left_out[0],
             "pixels": by_cell.sum(1),
             "correct": by_cell[:, 1],
@@ -401,22 +401,26 @@ def _add_(totals: Totals, result: Tensor, layout: _Layout, *, each: bool, share:
 
 @functools.lru_cache(maxsize=None)
 def works(device: torch.device) -> bool:
-    """Whether a kernel can be made for this GPU and runs on it; a warning says why not: no C compiler, too old a GPU."""
+    """Whether the kernel runs on this GPU and counts a few pixels as torch's operations do; a warning says why not: no C
+    compiler, too old a GPU."""
     try:
-        one = torch.zeros(1, dtype=torch.int64, device=device)
-        with _on(device):
-            _add_one[(1,)](one)
-        return bool(one == 1)
+        g = torch.Generator().manual_seed(0)
+        scores, label = torch.randn(2, 3, 50, generator=g), torch.randint(0, 4, (2, 50), generator=g)
+        settings = Settings(3, "logits", (3,), n_bins=15, fine_bins=4096, classwise=True)
+        cells = cell_count(settings.n_bins, settings.fine_bins)
+        ours, torchs = (zeros(3, cells, cells, torch.device("cpu")) for _ in range(2))
+        launch_(ours, Batch(scores.to(device), label.to(device), None), settings, each=False)
+        count_(torchs, Batch(scores, label, None), settings)
+        differing = [
+            name for name, a, b in zip(ours._fields, ours, torchs) if not torch.allclose(a.double(), b.double(), rtol=1e-9)
+        ]
+        said = f"counts other {', '.join(differing)} than torch" if differing else ""
     except Exception as error:  # of many kinds: of the compiler, of the driver, of whatever calls them
-        said = str(error).strip().splitlines()[:1]
-        told = f"triton {triton.__version__} does not work here ({said[0] if said else type(error).__name__})"
-        warnings.warn(f"CalibrationStats: {told}; torch's operations judge, more slowly.", UserWarning, stacklevel=2)
-        return False
-
-
-@_compiled
-def _add_one(count):
-    tl.atomic_add(count, tl.full([], 1, tl.int64))
+        said = f"does not work here ({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
+    if said:
+        told = f"triton {triton.__version__} {said}; torch's operations judge, more slowly."
+        warnings.warn(f"CalibrationStats: {told}", UserWarning, stacklevel=2)
+    return not said
 
 
 def _on(device: torch.device) -> ContextManager[Any]:
