@@ -1,14 +1,19 @@
 """How Sphinx builds these pages: `make docs`, into docs/_build. Nothing is fetched, neither to build nor to read them."""
 
+import configparser
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
+import trainers
+
 from dacal_addon import __version__
 
-project = "dacal-addon"
-author = "The dacal_addon developers"
+_config = configparser.ConfigParser()
+_config.read(str(Path(__file__).parent.parent / "setup.cfg"), encoding="utf-8")
+project = _config["metadata"]["name"]
+author = _config["metadata"]["author"]
 copyright = author
 version = release = __version__
 extensions = [
@@ -27,6 +32,7 @@ nitpick_ignore_regex = [
     ("py:exc", r"(ValueError|TypeError|RuntimeError|OSError|ImportError|UserWarning|a warning)(, \w+)*"),
     ("py:class", r"(torch|numpy|np|nn|matplotlib|typing|pathlib|io|lightning|torchmetrics)\..*|optional"),
     # Types in signatures that users do not name.
+    ("py:class", r"dacal_addon\.integrations\.segmentor_training\.SegmentorTraining"),
     ("py:class", r"dacal_addon\.(ranks\.Ranks|learners\.networks\.\w+|learners\.learner\.(_Self|OwnLoss))"),
     ("py:class", r"dacal_addon\.(pseudo_labels\.TemperatureNet|calibrate\.(curves|pixels)\.\w+)"),
     ("py:class", r"dacal_addon\.metrics\.counting\.(Counting|_Self)"),
@@ -47,6 +53,7 @@ smartquotes_action = "D"  # dashes; quotation marks stay what they are in code
 pygments_style = "friendly"
 
 default_role = "py:obj"
+autodoc_mock_imports = trainers.loaded()
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True

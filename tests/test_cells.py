@@ -32,6 +32,7 @@ def quick(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_quick_trains_every_method_and_tries_every_fold(quick):
     from cell_folds import CURVE, LABELLED
     from cell_methods import METHODS
@@ -52,6 +53,7 @@ def test_quick_trains_every_method_and_tries_every_fold(quick):
     assert all(method.title in page for method in METHODS.values())
 
 
+@pytest.mark.slow
 def test_an_interrupted_grid_goes_on_and_the_same_command_gives_the_same(quick, tmp_path):
     rows = json.loads((quick / "cells.json").read_text())
     kept = [row for row in rows if row["method"] != "soft"]
@@ -66,6 +68,7 @@ def test_an_interrupted_grid_goes_on_and_the_same_command_gives_the_same(quick, 
     assert {**again["soft"], "seconds": 0} == {**soft, "seconds": 0}
 
 
+@pytest.mark.slow
 def test_without_real_pictures_it_says_so(quick):
     output = cells("--out", quick, "--cache", quick / "cache", "--cells", "mitochondria-4", "--data", quick).stdout
     assert "real pictures: none" in output

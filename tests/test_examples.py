@@ -2,8 +2,10 @@
 
 import ast
 import copy
+import importlib
 import json
 import re
+import subprocess
 
 import pytest
 import torch
@@ -88,6 +90,30 @@ def test_two_processes_of_the_lightning_loop_print_what_one_does(learner, tmp_pa
     # One student, whose test pictures one process judges, or two, one half each: counts are summed, not figures averaged.
     again = python(*loop, "--resume", saved["2"])
     assert before_and_after(again) == before_and_after(trained["2"])
+
+
+def test_the_lightning_loop_takes_a_checkpoint_from_before_the_add_on(monkeypatch):
+    pytest.importorskip("lightning", reason="an extra that needs a newer Python than 3.8")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    loop = importlib.import_module("lightning_loop")
+    with torch.random.fork_rng(devices=[]):
+        ours, resumed = (loop.SelfTraining(None, iters=4, batch=2, seed=seed) for seed in (0, 1))
+    saved, own = {}, resumed.dacal.state_dict()
+    resumed.on_load_checkpoint({"state_dict": {}})
+    assert torch.equal(resumed.dacal.state_dict()["generator"], own["generator"])
+    ours.on_save_checkpoint(saved)
+    assert not torch.equal(saved["dacal"]["generator"], own["generator"])
+    resumed.on_load_checkpoint(saved)
+    assert torch.equal(resumed.dacal.state_dict()["generator"], saved["dacal"]["generator"])
+
+
+@pytest.mark.parametrize("name", ["none.pth", "."])
+def test_a_hosts_checkpoint_that_is_no_file_is_said_before_the_host_is_asked_for(name, tmp_path):
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        python(EXAMPLES / "mmseg/calibrate.py", "config.json", name, "--out", "calibrated.pth", cwd=tmp_path)
+    got = "which does not exist" if name == "none.pth" else "a folder"
+    said = f"ValueError: calibrate: expected checkpoint to be a file, got {name}, {got}; check the path\n"
+    assert failed.value.stdout.endswith(said)
 
 
 WORKED = r"^\| (\d) \| (.+) \|$"

@@ -147,6 +147,7 @@ def test_the_tiny_data_sets_have_what_the_hosts_look_for(tmp_path):
     assert set(stats[0]) - {"file"} <= {"0", "1", "2", "4", "5", "7", "8", "10", "11", "13"}
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_the_pieces_runs():
     output = python("benchmarks/costs.py", "--size", "64", "--runs", "1")
     assert re.search(r"student forward +\d+\.\d +1\.00\n", output)
@@ -156,6 +157,7 @@ def test_the_benchmark_of_the_pieces_runs():
 
 
 @pytest.mark.skipif(not hasattr(torch, "func"), reason="the benchmark's student uses fused attention: torch >= 2.0")
+@pytest.mark.slow
 def test_the_benchmark_of_the_engines_runs(tmp_path):
     output = python("benchmarks/hypergradient.py", "--size", "32", "--runs", "1", "--quick", "--out", tmp_path)
     assert re.search(r"forward: iteration, shared +\d+\.\d\d +\d+\.\d\d +\d+\.\d\d\n", output)
@@ -169,6 +171,7 @@ def test_the_benchmark_of_the_engines_runs(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(torch, "compile"), reason="one of its rows is compiled: torch >= 2.0")
+@pytest.mark.slow
 def test_the_benchmark_of_the_metrics_runs(tmp_path):
     size = ["--height", "64", "--width", "64"]
     output = python("benchmarks/metrics_throughput.py", *size, "--runs", "1", "--quick", "--out", tmp_path)

@@ -26,7 +26,7 @@ def loop(*options):
     return (*map(float, found[0]), output)
 
 
-@pytest.mark.parametrize("learner", [None, *LEARNERS])
+@pytest.mark.parametrize("learner", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in LEARNERS)])
 def test_the_loop_prints_before_and_after(learner):
     miou, ece, t, folded_miou, folded_ece, output = loop("--iters", "12", *(("--learner", learner) if learner else ()))
     assert miou == folded_miou

@@ -1,8 +1,8 @@
 """Files of the repository outside of docs/ as pages, or parts of pages, without a second copy.
 
-A line of a page that reads `<!-- from PATH -->`, `<!-- from PATH#SECTION -->` or `<!-- table N from PATH#SECTION -->` stands
-for that file, section (its heading left out) or table; PATH is from the repository's root. Links are led to the page that shows
-the file, if there is one.
+A line of a page that reads `[NAME](PATH) <!-- shown here -->` stands for that file; with `PATH#SECTION` for the section, its
+heading left out; with `<!-- its table N, shown here -->` for the N-th table of it. Where Markdown is read as it is, the line is
+a link to the same. Links are led to the page that shows the file, if there is one.
 """
 
 import os
@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any, Dict, List, Match, Tuple
 
 ROOT = Path(__file__).resolve().parents[2]
-_LINE = re.compile(r"^<!-- (?:table (?P<table>\d+) )?from (?P<path>[^\s#]+)(?:#(?P<section>\S+))? -->$", re.MULTILINE)
+LINE = re.compile(
+    r"^\[[^\]\n]+\]\((?P<path>[^\s#)]+)(?:#(?P<section>[^\s)]+))?\) <!-- (?:its table (?P<table>\d+), )?shown here -->$",
+    re.MULTILINE,
+)
 _LINK = re.compile(r"(!?\[[^\]]*\])\((?!\w+:)([^)\s#]*)(#[^)\s]*)?\)")
 _FENCE = re.compile(r"^ {0,3}```")
 
@@ -56,10 +59,15 @@ def pages(docs: Path) -> Dict[str, str]:
     """Which page shows which file as a whole: {"examples/mic/README.md": "hosts/mic.md"}."""
     found = {}
     for page in sorted(docs.rglob("*.md")):
-        for match in _LINE.finditer(page.read_text()):
+        for match in LINE.finditer(page.read_text()):
             if not match.group("section"):
-                found[match.group("path")] = page.relative_to(docs).as_posix()
+                found[_shown_by(page, match)] = page.relative_to(docs).as_posix()
     return found
+
+
+def _shown_by(page: Path, line: Match[str]) -> str:
+    """The file, from the repository's root, that a line of a page stands for."""
+    return os.path.relpath(page.parent / line.group("path"), ROOT)
 
 
 def filled(text: str, page: Path, docs: Path) -> str:
@@ -67,7 +75,7 @@ def filled(text: str, page: Path, docs: Path) -> str:
     shown = pages(docs)
 
     def insert(match: Match[str]) -> str:
-        path = match.group("path")
+        path = _shown_by(page, match)
         taken = (ROOT / path).read_text()
         if match.group("section"):
             taken = section(taken, match.group("section"))
@@ -75,8 +83,14 @@ def filled(text: str, page: Path, docs: Path) -> str:
             taken = table(taken, int(match.group("table")))
         return _LINK.sub(lambda link: _led(link, ROOT / path, page, docs, shown), taken).strip("\n")
 
-    own = _LINK.sub(lambda link: _led(link, page, page, docs, shown), text)
-    return _LINE.sub(insert, own)
+    def own(part: str) -> str:
+        return _LINK.sub(lambda link: _led(link, page, page, docs, shown), part)
+
+    out, end = "", 0
+    for match in LINE.finditer(text):
+        out += own(text[end : match.start()]) + insert(match)
+        end = match.end()
+    return out + own(text[end:])
 
 
 def _led(link: Match[str], origin: Path, page: Path, docs: Path, shown: Dict[str, str]) -> str:
@@ -92,12 +106,13 @@ def _source_read(app: Any, name: str, source: List[str]) -> None:
 
     docs = Path(app.srcdir)
     page = Path(app.env.doc2path(name))
-    for match in _LINE.finditer(source[0]):
-        path = ROOT / match.group("path")
+    for match in LINE.finditer(source[0]):
+        path = ROOT / _shown_by(page, match)
         app.env.note_dependency(str(path))
         if not path.is_file():
             logging.getLogger(__name__).warning("%s shows %s, which is not there", name, match.group("path"), location=name)
             source[0] = f"# {match.group('path')}"
+            return
     source[0] = filled(source[0], page, docs)
 
 

@@ -48,17 +48,25 @@ CLASSES = 21
 def changes(page: str, script: str) -> List[Tuple[int, int, str]]:
     """(first, last, text) of a page's lines for a script: they replace lines first..last, or follow line `last` = first - 1.
 
+    Raises:
+        ValueError: lines below "delete".
+
     Example:
-        >>> page = "```python\\n# a.py, after line 2\\nx = 1\\n# a.py, instead of lines 4-5\\ny = 2\\n```"
+        >>> page = "```python\\n# a.py, after line 2\\nx\\n# a.py, instead of lines 4-5\\ny\\n# a.py, delete line 7\\n```"
         >>> changes(page, "a.py")
-        [(3, 2, 'x = 1\\n'), (4, 5, 'y = 2\\n')]
+        [(3, 2, 'x\\n'), (4, 5, 'y\\n'), (7, 7, '')]
     """
     found = []
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         parts = re.split(
-            rf"^ *# {re.escape(script)}, (after line|instead of lines) (\d+)(?:-(\d+))?\n", block, flags=re.MULTILINE
+            rf"^ *# {re.escape(script)}, (after line|instead of lines|delete lines?) (\d+)(?:-(\d+))?\n",
+            block,
+            flags=re.MULTILINE,
         )
         for how, first, last, text in zip(*(parts[i::4] for i in range(1, 5))):
+            if how.startswith("delete") and text:
+                place = f"'{script}, {how} {first}'"
+                raise ValueError(f"changes: expected nothing below {place}, got {text!r}; say 'instead of lines'")
             after = how == "after line"
             found.append((int(first) + after, int(first) if after else int(last or first), text))
     return sorted(found)
