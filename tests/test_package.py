@@ -170,6 +170,17 @@ def test_the_benchmark_of_the_engines_runs(tmp_path):
     assert all(row["forward, float32"] <= 1e-4 and row["finite_difference, float32"] <= 1e-2 for row in smooth)
 
 
+@pytest.mark.skipif(not hasattr(torch, "func"), reason="counts what is dispatched: torch >= 2.0")
+@pytest.mark.slow
+def test_a_meta_step_asks_few_operations_and_waits_seldom(tmp_path):
+    python("benchmarks/operations.py", "--out", tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    rows = {row["work"]: row for row in json.loads((tmp_path / "operations.json").read_text())["rows"]}
+    for engine in ("forward", "finite_difference"):
+        row = rows[f"{engine}: meta-step"]
+        assert row["operations"] < 8 * rows["plain student step"]["operations"]
+        assert row["waits"] <= 3
+
+
 @pytest.mark.skipif(not hasattr(torch, "compile"), reason="one of its rows is compiled: torch >= 2.0")
 @pytest.mark.slow
 def test_the_benchmark_of_the_metrics_runs(tmp_path):

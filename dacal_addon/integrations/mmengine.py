@@ -192,8 +192,8 @@ def _valid(image: Tensor, samples: Sequence[Any]) -> Optional[Tensor]:
 class SourceAndTarget:
     """Pairs of one labelled source image and one target image, whose labels are not looked at.
 
-    One pair a source image; its target image is drawn at random, as mmseg's transforms draw: from numpy's state, which
-    mmengine seeds for every worker.
+    One pair a source image; its target image is drawn at random: in a worker from the seed that torch gives it, another one in
+    each epoch, else from numpy's state.
 
     Args:
         source, target: configs of datasets, or datasets. Both end in crops of one size. The target's pipeline needs no
