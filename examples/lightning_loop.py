@@ -88,7 +88,8 @@ class SelfTraining(lightning.LightningModule):
         checkpoint["dacal"] = self.dacal.state_dict()
 
     def on_load_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
-        self.dacal.load_state_dict(checkpoint["dacal"])
+        if "dacal" in checkpoint:  # one of a training without DA-Cal has none
+            self.dacal.load_state_dict(checkpoint["dacal"])
 
     # DA-Cal: end
 

@@ -111,6 +111,8 @@ def run(path, scope):
         if not words:
             line = text[: text.index(code)].count("\n")
             exec(compile("\n" * line + code, str(path), "exec"), scope)
+            if name_of(path).startswith("docs/recipes") and "mixed" in scope:
+                assert float(scope["mixed"].labels.weight.max()) > 0  # something of the target is taught
 
 
 @pytest.mark.parametrize("path", [path for path in WITH_CODE if name_of(path) not in SCRIPTS], ids=name_of)
@@ -197,7 +199,27 @@ def after_lightning(scope, folder, printed):
     assert re.findall(r"^(None|fit|bilevel) \{'ECE': ", printed, re.MULTILINE) == ["None", "fit", "bilevel"]
     saved = torch.load(str(folder / "end.ckpt"), weights_only=False)
     assert saved["dacal"]["iteration"] == 4
-    assert (folder / "calibrated.pth").exists()
+    teacher, calibrated = scope["module"].teacher.state_dict(), torch.load(str(folder / "calibrated.pth"))
+    assert not torch.equal(calibrated["0.weight"], teacher["0.weight"])  # a student that is not trained is its teacher's copy
+
+
+def after_transformers(scope, folder, printed):
+    """A checkpoint of transformers was folded, and says so; the teacher moved on from the student that it is a copy of."""
+    kept, folded = (type(scope["student"]).from_pretrained(str(folder / name)) for name in ("trained", "calibrated"))
+    t, name = folded.config.dacal_temperature, "decode_head.classifier.weight"
+    assert not hasattr(kept.config, "dacal_temperature")
+    assert t == scope["found"].temperature == 1.25
+    assert torch.allclose(folded.state_dict()[name] * t, kept.state_dict()[name])
+    torch.manual_seed(0)
+    first = type(kept)(kept.config).state_dict()  # of the page's seed
+    assert not torch.equal(scope["teacher"].state_dict()[name], first[name])
+
+
+def after_medical(scope, folder, printed):
+    trained, calibrated = (torch.load(str(folder / name)) for name in ("trained.pth", "calibrated.pth"))
+    assert folded_temperature(calibrated) == scope["found"].temperature == 1.25
+    assert torch.allclose(calibrated["outc.weight"] * 1.25, trained["outc.weight"])
+    assert set(scope["label"].unique().tolist()) == {0, 1}
 
 
 def after_the_command_line(scope, folder, printed):
@@ -218,6 +240,8 @@ AFTERWARDS = {
     "docs/engines.md": after_engines,
     "docs/checkpoint.md": after_the_fold,
     "docs/recipes/lightning.md": after_lightning,
+    "docs/recipes/medical.md": after_medical,
+    "docs/recipes/transformers.md": after_transformers,
     "docs/recipes/amp.md": lambda scope, folder, printed: float(printed.split()[0]) > 0 or pytest.fail(printed),
 }
 

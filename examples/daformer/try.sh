@@ -5,5 +5,5 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cd "${1:?path to a checkout of DAFormer}"
 [ -d ./configs/dacal ] || git apply "$here/dacal.patch"
-cd .
-exec python "$here/../mmseg/try_on_cpu.py" "configs/dacal/${2:-gta2cs}.py"
+config=${2:-gta2cs}
+exec python "$here/../mmseg/try_on_cpu.py" "configs/dacal/$config.py" --work-dir "work_dirs/dacal_tiny_$config"

@@ -251,6 +251,9 @@ def options_of(arguments: List[str]) -> argparse.Namespace:
         if getattr(options, name) < least:
             got = getattr(options, name)
             raise problem("calibrate", expected=f"--{name} >= {least}", got=got, remedy="leave it out")
+    if not os.path.isfile(options.checkpoint):
+        got = f"{options.checkpoint}, " + ("a folder" if os.path.isdir(options.checkpoint) else "which does not exist")
+        raise problem("calibrate", expected="checkpoint to be a file", got=got, remedy="check the path")
     if options.out.exists() and options.out.samefile(options.checkpoint):
         remedy = "name a new file, and keep the original to train on or to calibrate again"
         raise problem("calibrate", expected="--out to be another file than the checkpoint", got=options.out, remedy=remedy)
