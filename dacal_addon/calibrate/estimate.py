@@ -156,9 +156,6 @@ def without_labels(estimates: Mapping[str, Estimate]) -> Choice:
         >>> typical = Estimate("typical", TYPICAL, TYPICAL_SPREAD)
         >>> without_labels({"typical": typical, "shadows": Estimate("shadows", 1.7), "blends": Estimate("blends", 0.8)})[:2]
         (1.25, 'typical')
-        >>> mixed = {name: Estimate(name, t) for name, t in (("shadows", 1.7), ("blends", 0.8), ("source", 0.9))}
-        >>> print(without_labels({"typical": typical, **mixed}).reason.split("; ")[-1])
-        2 of 3 estimators say that it is not overconfident: this may raise its ECE, judge on labels
         >>> without_labels({"typical": typical, "shadows": Estimate("shadows", 0.7), "blends": Estimate("blends", 0.8)}).reason
         'abstains, T = 1: by shadows (0.70) and blends (0.80) the network is not overconfident'
     """
@@ -171,13 +168,6 @@ def without_labels(estimates: Mapping[str, Estimate]) -> Choice:
     if len(said) == 2 and all(each.temperature < 1 / CLEARLY for each in said):
         return Choice(1.0, "none", f"abstains, T = 1: by {listed} the network is not overconfident", True)
     beside = f"; {listed} beside it" if said else ""
-    others = [each for name, each in estimates.items() if name not in ("typical", "labelled") and each.covered]
-    others = [each for each in others if math.isfinite(each.temperature)]
-    below = sum(each.temperature < 1 for each in others)
-    if 2 * below > len(others) > 1:
-        beside += (
-            f"; {below} of {len(others)} estimators say that it is not overconfident: this may raise its ECE, judge on labels"
-        )
     return Choice(typical.temperature, "typical", f"{typical.note}{beside}", False)
 
 
