@@ -146,6 +146,7 @@ def small_demo(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_and_writes_table_and_pictures(small_demo, tmp_path, capsys):
     out = tmp_path / "new" / "folder"
     assert cli.main(["demo", "--dataset", "digits", "--seed", "1", "--iters", "20", "--out", str(out)]) == 0

@@ -39,7 +39,7 @@ def of(learner):
     return ["--learner", learner] if learner else []
 
 
-@pytest.mark.parametrize("learner", [None, *LEARNERS])
+@pytest.mark.parametrize("learner", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in LEARNERS)])
 def test_the_plain_loop_prints_before_and_after(learner):
     output = python("examples/plain_loop.py", "--iters", "80", "--batch", "2", *of(learner))
     assert_folded_as_said(output, learner)
@@ -57,7 +57,7 @@ def test_a_few_target_labels_decide_the_temperature_of_soft_labels():
     assert ece != ece_folded
 
 
-@pytest.mark.parametrize("learner", [None, "fit", pytest.param("bilevel", marks=pytest.mark.slow)])  # that one runs twice
+@pytest.mark.parametrize("learner", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in LEARNERS)])
 def test_the_lightning_loop_prints_before_and_after_and_resumes(learner, tmp_path):
     pytest.importorskip("lightning", reason="an extra that needs a newer Python than 3.8")
     saved = str(tmp_path / "end.ckpt")
