@@ -117,6 +117,15 @@ def check_choice(function: str, name: str, value: object, choices: Sequence[str]
         raise problem(function, expected=expected, got=repr(value), remedy=f"choose one, for example {choices[0]!r}")
 
 
+def check_config(function: str, config: object, keys: Sequence[str], *, example: str) -> None:
+    """`config` must be a dict with no other keys than these; `example` is one that may be."""
+    if not isinstance(config, Mapping):
+        raise problem(function, expected="a dict", got=describe(config), remedy=f"write {example}", error=TypeError)
+    for key in config:
+        if key not in keys:
+            raise problem(function, expected=f"keys among {', '.join(keys)}", got=repr(key), remedy="mend or remove it")
+
+
 def check_number(
     function: str, name: str, value: Union[int, float], *, low: float, high: float = float("inf"), rule: str
 ) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any, Mapping, NamedTuple, Optional, Union
 
-from .._check import as_whole, check_choice, check_number, describe, problem
+from .._check import as_whole, check_choice, check_config, check_number, problem
 from ..engines import ENGINES
 from ..learners import JUDGED_SETS, LEARNERS
 from ..losses import OUTER_LOSSES
@@ -91,13 +91,7 @@ def parse(config: Mapping[str, Any]) -> HostOptions:
         ValueError: uda.dacal: expected keys among labels, learner, ..., got 'evry'; mend or remove it
     """
     name = "uda.dacal"
-    if not isinstance(config, Mapping):
-        remedy = "write dacal=dict(labels='soft')"
-        raise problem(name, expected="a dict", got=describe(config), remedy=remedy, error=TypeError)
-    for key in config:
-        if key not in HostOptions._fields:
-            expected = f"keys among {', '.join(HostOptions._fields)}"
-            raise problem(name, expected=expected, got=repr(key), remedy="mend or remove it")
+    check_config(name, config, HostOptions._fields, example="dacal=dict(labels='soft')")
     options = HostOptions(**config)
     _check_choices(name, options)
     _check_numbers(name, options)

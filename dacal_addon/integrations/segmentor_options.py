@@ -2,7 +2,7 @@
 
 from typing import Any, Dict, Mapping, NamedTuple, Optional
 
-from .._check import as_whole, check_choice, check_number, describe, problem
+from .._check import as_whole, check_choice, check_config, check_number, problem
 from ..engines import ENGINES
 from ..learners import JUDGED_SETS, LEARNERS
 from ..losses import OUTER_LOSSES
@@ -64,13 +64,7 @@ def parse(config: Mapping[str, Any]) -> SegmentorOptions:
         Traceback (most recent call last):
         ValueError: model.dacal: expected a learner, whose option every is, got learner=None; name one, or remove the option
     """
-    if not isinstance(config, Mapping):
-        remedy = "write dacal=dict(threshold=0.968)"
-        raise problem(_NAME, expected="a dict", got=describe(config), remedy=remedy, error=TypeError)
-    for key in config:
-        if key not in SegmentorOptions._fields:
-            expected = f"keys among {', '.join(SegmentorOptions._fields)}"
-            raise problem(_NAME, expected=expected, got=repr(key), remedy="mend or remove it")
+    check_config(_NAME, config, SegmentorOptions._fields, example="dacal=dict(threshold=0.968)")
     options = SegmentorOptions(**config)
     _check_learner(options)
     check_choice(_NAME, "weight", options.weight, WEIGHTS)

@@ -47,7 +47,7 @@ class CalibrationStats(Counting):
         device: of the counts; pixels are judged on the device they are on.
         backend: what judges pixels. "torch": its operations. "numba": a sweep in compiled code, three times faster, for scores
             on the CPU (extra `fast`; ten seconds at its very first call). "triton": one launch a batch, for what is on a GPU
-            (triton >= 3.2, which torch >= 2.6 for CUDA brings; its speed has not been measured). "compile": `torch.compile`
+            (triton >= 3.2, which torch >= 2.6 for CUDA brings; not yet run on a GPU). "compile": `torch.compile`
             (torch >= 2.0 and, on a CPU, a C++ compiler; some seconds in each process). None: on a GPU "triton", on a CPU, for
             batches of 4 million scores and more, "numba", each where it is to be had; else "torch". All count the same, to the
             last places of float64 sums; `judged_by` tells which one did.
